@@ -140,7 +140,10 @@ def load_dataset(env_id: str, dataset_path: Path | None = None, eval_env_id: str
     if env_id in SHA256 or (dataset_path and task in D4RL_TASKS):
         source, ref_min, ref_max = D4RL_TASKS[task]
     elif "/" in env_id or env_id in minari.list_local_datasets():
-        source = open_minari(env_id)
+        try:
+            source = minari.load_dataset(env_id, download=True)
+        except Exception as error:  # unknown id, no network, damaged files: Minari has no common error for them
+            raise UserError(f"cannot load the Minari dataset {env_id}: {error}") from error
         ref_min, ref_max = (source.storage.metadata.get(f"ref_{end}_score", np.nan) for end in ("min", "max"))
     elif not dataset_path:
         near = difflib.get_close_matches(env_id, [*SHA256, *minari.list_local_datasets()], cutoff=0)
@@ -211,14 +214,6 @@ def read_hdf5(path: Path, expected_sha256: str | None = None) -> tuple[np.ndarra
     rows, ends = np.flatnonzero(timeouts[:-1] == 0), (terminals != 0) | (timeouts != 0)
     _, episode_ids = np.unique((np.cumsum(ends) - ends)[rows], return_inverse=True)  # no hole where all rows dropped
     return observations[rows], actions[rows], rewards[rows], observations[rows + 1], terminals[rows] != 0, episode_ids
-
-
-def open_minari(env_id: str) -> minari.MinariDataset:
-    """A Minari dataset, downloaded if it is not on this machine."""
-    try:
-        return minari.load_dataset(env_id, download=True)
-    except Exception as error:  # unknown id, no network, damaged files: Minari has no common error for them
-        raise UserError(f"cannot load the Minari dataset {env_id}: {error}") from error
 
 
 def read_minari(dataset: minari.MinariDataset) -> tuple[np.ndarray, ...]:
@@ -292,6 +287,14 @@ class Network(nn.Module):
         self.mlp = nn.Sequential(first, nn.ReLU(inplace=True), second, nn.ReLU(inplace=True), third)
 
 
+def gradient_step(optimizer: torch.optim.Adam, loss: torch.Tensor) -> torch.Tensor:
+    """Step on the gradients of the optimizer's own parameters, and of no others; returns the loss, detached."""
+    optimizer.zero_grad()
+    loss.backward(inputs=optimizer.param_groups[0]["params"])
+    optimizer.step()
+    return loss.detach()
+
+
 def sample(data: Batch, visible: torch.Tensor | None, size: tuple, generator: torch.Generator) -> Batch:
     """Transitions drawn uniformly with replacement, `size` = (..., seeds, batch), by each seed from its `visible` rows.
 
@@ -345,9 +348,7 @@ def train_reward_model(
         for rows in order.to(device).split(batch_size, dim=1):  # (seeds, batch)
             predicted = model(observations[each_seed, rows], actions[each_seed, rows])
             loss = (predicted - rewards[each_seed, rows]).square().mean(dim=1)  # Eq. 4, (seeds,)
-            optimizer.zero_grad()
-            loss.sum().backward()
-            optimizer.step()
+            gradient_step(optimizer, loss.sum())
             losses[epoch] += loss.detach() * rows.shape[1] / labels.shape[1]
     return losses.cpu().numpy()
 
@@ -438,19 +439,12 @@ def update(agent: Agent, batches: Batch, noise: torch.Tensor, args: Args) -> dic
     """
     for k in range(len(noise)):
         batch = Batch(*(tensor[k] for tensor in batches))
-        q_loss = critic_loss(agent, batch, noise[k], args)
-        agent.critic_optimizer.zero_grad()
-        q_loss.backward()
-        agent.critic_optimizer.step()
-
-    pi_loss = actor_loss(agent, batch, args)
-    agent.actor_optimizer.zero_grad()
-    pi_loss.backward(inputs=list(agent.actor.parameters()))
-    agent.actor_optimizer.step()
+        q_loss = gradient_step(agent.critic_optimizer, critic_loss(agent, batch, noise[k], args))
+    pi_loss = gradient_step(agent.actor_optimizer, actor_loss(agent, batch, args))
     with torch.no_grad():
         for target, network in ((agent.critic_target, agent.critic), (agent.actor_target, agent.actor)):
             torch._foreach_lerp_(list(target.parameters()), list(network.parameters()), args.tau)
-    return {"losses/critic_loss": q_loss.detach(), "losses/actor_loss": pi_loss.detach()}
+    return {"losses/critic_loss": q_loss, "losses/actor_loss": pi_loss}
 
 
 # --- Evaluation ---
@@ -534,15 +528,6 @@ class Evaluator:
         log({"update": num_updates, "charts/return": returns.mean(), f"charts/{metric}": values.mean()} | each_seed)
 
 
-def summarize(scores: list, num_seeds: int) -> dict:
-    """Mean and std over seeds of the last evaluation, and of each seed's mean over its last ten; never the best."""
-    metric = "return" if np.isnan(scores[-1][3]) else "score"  # NaN: no reference returns
-    table = np.array(scores)[:, 2 + (metric == "score")].reshape(-1, num_seeds)  # (evaluations, seeds)
-    last, last_10 = table[-1], table[-10:].mean(axis=0)
-    summary = {"metric": metric, "mean": last.mean(), "std": last.std(), "per_seed": last.tolist()}
-    return summary | {"last_10_mean": last_10.mean(), "last_10_std": last_10.std()}
-
-
 # --- Run directory ---
 
 
@@ -581,19 +566,21 @@ def load_checkpoint(run_dir: Path, resume: bool, config: dict) -> dict | None:
 
 def check_args(args: Args) -> None:
     """Raise UserError for values that no run can have."""
-    may_be_zero = ("alpha", "policy_noise", "noise_clip", "gamma", "tau", "seed", "eval_seed", "eval_workers")
     for name, value in vars(args).items():
-        fine = type(value) not in (int, float) or 0 < value < np.inf or (value == 0 and name in may_be_zero)
+        least = 1 if type(value) is int and name not in ("seed", "eval_seed", "eval_workers") else 0
+        fine = type(value) not in (int, float) or least <= value < np.inf
         require(fine, f"--{name.replace('_', '-')} cannot be {value}")
-    require(max(args.gamma, args.tau, args.label_fraction or 0) <= 1, "--gamma, --tau, --label-fraction: at most 1")
-    whole = not any(number % args.policy_freq for number in (args.num_updates, args.eval_freq, args.log_freq))
-    require(whole, f"--num-updates, --eval-freq, --log-freq must be multiples of --policy-freq {args.policy_freq}")
+    fraction = 1 if args.label_fraction is None else args.label_fraction
+    require(0 < fraction <= 1, "--label-fraction must be above 0 and at most 1")
+    require(args.gamma <= 1 and args.tau <= 1, "--gamma and --tau must be at most 1")
     require(args.run_dir or not args.resume, "--resume needs the --run-dir to go on from")
     require(args.device != "cuda" or torch.cuda.is_available(), "--device cuda: there is no usable GPU here")
 
 
 def main(args: Args) -> None:
     check_args(args)
+    whole = not any(number % args.policy_freq for number in (args.num_updates, args.eval_freq, args.log_freq))
+    require(whole, f"--num-updates, --eval-freq, --log-freq must be multiples of --policy-freq {args.policy_freq}")
     config = json.loads(json.dumps(vars(args), default=str))
     name = f"{args.env_id.replace('/', '-')}__{Path(__file__).stem}__{args.rewards}__{args.seed}__{int(time.time())}"
     run_dir = args.run_dir or Path("runs") / name
@@ -695,13 +682,20 @@ def main(args: Args) -> None:
             write_file(run_dir / f"policy_seed{seed}.npz", file.getvalue())
     seconds = {"reward_model": fitted - start, "training": time.perf_counter() - fitted}
     commit = os.popen(f"git -C {shlex.quote(str(Path(__file__).parent))} rev-parse HEAD 2>{os.devnull}").read().strip()
-    result = summarize(scores, len(seeds)) | {"num_updates": num_updates, "eval_episodes": args.eval_episodes}
+    metric, column = ("return", 2) if np.isnan(scores[-1][3]) else ("score", 3)
+    table = np.array(scores)[:, column].reshape(-1, len(seeds))  # (evaluations, seeds)
+    last, last_10 = (
+        table[-1],
+        table[-10:].mean(axis=0),
+    )  # the last evaluation and the mean of the last ten, never the best
+    result = {"metric": metric, "mean": last.mean(), "std": last.std(), "per_seed": last.tolist()}
+    result |= {"last_10_mean": last_10.mean(), "last_10_std": last_10.std()}
+    result |= {"num_updates": num_updates, "eval_episodes": args.eval_episodes}
     result |= {"reward_model": quality, "device": device_name, "commit": commit or None}
     result |= {"versions": {module.__name__: module.__version__ for module in (torch, np, gym, mujoco, minari)}}
     result |= {"timing": seconds | {"updates_per_second": num_updates / seconds["training"]}}
     write_file(run_dir / "result.json", json.dumps(result, indent=2).encode())
-    metric, mean, std = result["metric"], result["mean"], result["std"]
-    print(f"result        {metric} {mean:.1f} ± {std:.1f} over {len(seeds)} seeds, in {run_dir}")
+    print(f"result        {metric} {last.mean():.1f} ± {last.std():.1f} over {len(seeds)} seeds, in {run_dir}")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,757 @@
+# SPDX-License-Identifier: MIT
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#   "torch==2.13.0", "numpy>=2.0,<3", "gymnasium[mujoco]>=1.2,<2", "mujoco>=3.3,<5", "minari[hdf5,hf]>=0.5.3,<0.6",
+#   "h5py>=3.12,<4", "tyro>=0.9.2,<2", "tqdm>=4.66,<5", "wandb>=0.19,<1", "matplotlib>=3.9,<4", "pytest>=8,<10",
+# ]
+# ///
+"""IQL on a dataset of which only a few transitions have a reward.
+
+Hides the rewards of all but 1% of a logged dataset, fits a small reward model to that 1% (Eq. 4), imputes the other 99%
+(Eq. 5), trains IQL on the completed dataset and evaluates it in MuJoCo. All seeds train at once, as one batch
+dimension. The paper is Romeo & Bagdanov (2024), "Offline Reinforcement Learning with Imputed Rewards".
+
+    python iql_imputed.py --num-updates 20_000                                 # the bundled dataset, no network
+    python iql_imputed.py --env-id walker2d-medium-replay-v2 --num-seeds 5     # D4RL
+    python iql_imputed.py --env-id hopper-medium-v2 --dataset-path log.hdf5    # your own; NaN reward = unlabelled
+"""
+
+import difflib
+import hashlib
+import io
+import json
+import multiprocessing
+import os
+import shlex
+import signal
+import socket
+import sys
+import threading
+import time
+import warnings
+from collections import namedtuple
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
+from contextlib import suppress
+from copy import deepcopy
+from dataclasses import dataclass
+from http.client import HTTPException
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import gymnasium as gym
+import h5py
+import minari
+import mujoco
+import numpy as np
+import torch
+import tyro
+from torch import nn
+from tqdm import tqdm
+
+
+@dataclass
+class Args:
+    env_id: str = "halfcheetah-medium-replay-mini"  # a D4RL name, a Minari id, or the bundled dataset (the default)
+    dataset_path: Path | None = None  # D4RL-schema HDF5 file to read instead; env_id, or any Gymnasium id, is its task
+    eval_env_id: str | None = None  # Gymnasium environment to evaluate in, if not the dataset's own
+    rewards: Literal["imputed", "labeled", "oracle", "zero"] = "imputed"  # imputed; only labelled transitions; all; UDS
+    label_fraction: float | None = None  # share of the known rewards not hidden (0.01; 1.0 if the data has NaN rewards)
+    reward_hidden_dim: int = 256  # width of the reward model's two hidden layers
+    reward_epochs: int = 300  # passes over the labelled transitions
+    reward_learning_rate: float = 1e-4  # Adam's, for the reward model
+    reward_batch_size: int = 256  # labelled transitions in a batch
+    expectile: float = 0.7  # of the value function's regression; 0.5 is the mean
+    temperature: float = 3.0  # inverse temperature: how sharply the actor prefers actions of high advantage
+    learning_rate: float = 3e-4  # Adam's, for all networks of the agent
+    batch_size: int = 256  # transitions in a batch, for each seed
+    gamma: float = 0.99  # discount factor
+    tau: float = 0.005  # step of the targets towards the trained networks
+    num_updates: int = 1_000_000  # updates of V, actor, Q and target
+    seed: int = 0  # the first seed
+    num_seeds: int = 1  # seeds trained at once: seed, seed + 1, ...
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # where to train; auto takes the GPU if there is one
+    eval_freq: int = 5_000  # updates between two evaluations
+    eval_episodes: int = 10  # deterministic episodes for each seed in an evaluation
+    eval_seed: int = 100  # episode i is reset with eval_seed + i
+    eval_workers: int = 0  # processes that evaluate while training goes on; 0 evaluates in this one
+    log_freq: int = 1_000  # updates between two readings of the losses
+    run_dir: Path | None = None  # where to write (runs/{env_id}__{script}__{rewards}__{seed}__{unix time})
+    resume: bool = False  # go on from the checkpoint in run_dir, or start if there is none
+    save_policy: bool = False  # write the trained policies as policy_seed{k}.npz, which numpy alone can read
+    track: bool = False  # log to Weights & Biases (WANDB_PROJECT, WANDB_ENTITY, WANDB_MODE=offline)
+
+
+class UserError(Exception):
+    """What the user can put right: shown as one line, exit code 2."""
+
+
+def require(condition, message: str) -> None:
+    if not condition:
+        raise UserError(message)
+
+
+# --- Dataset ---
+
+BUNDLED = "halfcheetah-medium-replay-mini"  # self-collected, not D4RL: tests/data/README.md
+SHA256 = {
+    BUNDLED: "5ebac26957e14a6220d6f69990b73c41f2cc995b577b2d0bf49723c2c85d688b",
+    "halfcheetah-medium-v2": "41324e8487a9556d8cfa4538827f8937f4d63dae3030825ebc9f3a726ed08ca0",
+    "hopper-medium-v2": "5bdf1bc4a713c82941de44633df669b36c89850b652a25985166796d25cf71a0",
+    "walker2d-medium-v2": "cf00f43add04c17fdfc2958dd581dea0851b2e5bedbe6fda073758a8f841aeda",
+    "halfcheetah-medium-replay-v2": "48d494a4770c11f48260736dec090b78bdca8375647ed4d24bfa5b6610c7f683",
+    "hopper-medium-replay-v2": "e121c5f7c9857a307baa9edc6a2c3b48e85fedb9ac316ecddd0f48ca7ef4e39b",
+    "walker2d-medium-replay-v2": "e75de96a4f77acf7d4e0d6fdf0d7ccb177c26c44bb4388e4fd99f543ccfa18db",
+    "halfcheetah-medium-expert-v2": "015db75dae5bbe8e94029b71fa0bafc2073365df0c94744e71031189f3f79c06",
+    "hopper-medium-expert-v2": "9d51ad87f8c905be3880d84c6140bcdb7fbf39a19e046a237f238ba34fec9e26",
+    "walker2d-medium-expert-v2": "6b8d7f868c45bbaedf460be797fb7271b46dee6ebe45fe7a64319f2005b59a04",
+}
+D4RL_TASKS = {  # evaluation environment, returns of a random and of an expert policy (scores 0 and 100)
+    "halfcheetah": ("HalfCheetah-v4", -280.178953, 12135.0),
+    "hopper": ("Hopper-v4", -20.272305, 3234.3),
+    "walker2d": ("Walker2d-v4", 1.629008, 4592.3),
+}
+D4RL_URLS = (  # the official host has been down for days at a time
+    "https://rail.eecs.berkeley.edu/datasets/offline_rl/gym_mujoco_v2/",
+    "https://huggingface.co/datasets/imone/D4RL/resolve/main/",
+)
+
+
+class Dataset(NamedTuple):
+    observations: np.ndarray  # (N, obs_dim), float32, transitions in episode order
+    actions: np.ndarray  # (N, act_dim), scaled to [-1, 1]
+    rewards: np.ndarray  # (N,), NaN where nobody labelled
+    next_observations: np.ndarray  # (N, obs_dim)
+    terminals: np.ndarray  # (N,), 1 = the task ended: no bootstrap
+    episode_ids: np.ndarray  # (N,), int64, consecutive from 0
+    env_spec: gym.envs.registration.EnvSpec  # the environment to evaluate in
+    action_low: np.ndarray  # (act_dim,), its bounds
+    action_high: np.ndarray  # (act_dim,)
+    ref_min: float  # return of score 0; NaN: no such references, raw returns are reported
+    ref_max: float  # return of score 100
+    sha256: str  # of the transitions
+
+
+def load_dataset(env_id: str, dataset_path: Path | None = None, eval_env_id: str | None = None) -> Dataset:
+    """A D4RL, Minari, bundled or local HDF5 dataset; raises UserError if it cannot be trained on."""
+    task, source, ref_min, ref_max = env_id.split("-")[0], env_id, np.nan, np.nan
+    if env_id in SHA256 or (dataset_path and task in D4RL_TASKS):
+        source, ref_min, ref_max = D4RL_TASKS[task]
+    elif "/" in env_id or env_id in minari.list_local_datasets():
+        try:
+            source = minari.load_dataset(env_id, download=True)
+        except Exception as error:  # unknown id, no network, damaged files: Minari has no common error for them
+            raise UserError(f"cannot load the Minari dataset {env_id}: {error}") from error
+        ref_min, ref_max = (source.storage.metadata.get(f"ref_{end}_score", np.nan) for end in ("min", "max"))
+    elif not dataset_path:
+        near = difflib.get_close_matches(env_id, [*SHA256, *minari.list_local_datasets()], cutoff=0)
+        raise UserError(f"unknown --env-id {env_id}; nearest: {', '.join(near)}; remote Minari ids have a slash")
+    env = make_env(eval_env_id or source)
+    for space in (env.observation_space, env.action_space):
+        vector = isinstance(space, gym.spaces.Box) and len(space.shape) == 1
+        require(vector, f"{env.spec.id}: observations and actions must be continuous vectors (1-D Box), not {space}")
+    if dataset_path:
+        transitions = read_hdf5(dataset_path)
+    else:
+        transitions = read_hdf5(find_file(env_id), SHA256[env_id]) if env_id in SHA256 else read_minari(source)
+    return checked_dataset(transitions, env, ref_min, ref_max)
+
+
+def make_env(source: str | gym.envs.registration.EnvSpec | minari.MinariDataset) -> gym.Env:
+    """An evaluation environment, without the simulator's warnings about the old but comparable -v4 tasks."""
+    mujoco.set_mju_user_warning(lambda message: None)  # else MUJOCO_LOG.TXT appears in the user's folder
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            is_minari = isinstance(source, minari.MinariDataset)
+            return source.recover_environment(eval_env=True) if is_minari else gym.make(source)
+    except (gym.error.Error, ImportError, ValueError) as error:
+        raise UserError(f"cannot make the environment {getattr(source, 'id', source)}: {error}") from error
+
+
+def find_file(env_id: str) -> Path:
+    """The bundled file, or a D4RL file in the d4rl package's own cache, downloaded into it if missing."""
+    if env_id == BUNDLED:
+        return Path(__file__).parent / "tests" / "data" / f"{BUNDLED}.hdf5"
+    folder = Path(os.environ.get("D4RL_DATASET_DIR", "~/.d4rl/datasets")).expanduser()
+    path, failures = folder / (env_id.removesuffix("-v2").replace("-", "_") + "-v2.hdf5"), []
+    folder.mkdir(parents=True, exist_ok=True)
+    socket.setdefaulttimeout(30)  # seconds without a byte; download_url_to_file has no timeout of its own
+    for url in () if path.exists() else D4RL_URLS:
+        print(f"downloading {url}{path.name}")
+        try:
+            torch.hub.download_url_to_file(url + path.name, str(path), hash_prefix=SHA256[env_id])
+            break
+        except (OSError, HTTPException, RuntimeError) as error:  # RuntimeError: the wrong bytes
+            failures.append(f"{url}: {error}")
+    socket.setdefaulttimeout(None)
+    hint = f"put it at {path} by hand, or use the bundled --env-id {BUNDLED}, which needs no network"
+    require(path.exists(), f"cannot download {path.name} ({'; '.join(failures)}); {hint}")
+    return path
+
+
+def read_hdf5(path: Path, expected_sha256: str | None = None) -> tuple[np.ndarray, ...]:
+    """The first six fields of Dataset from a D4RL-schema HDF5 file, by the rule of d4rl.qlearning_dataset.
+
+    The next observation is the next row's; rows marked as timeouts, and the last row, have none and are dropped. On a
+    terminal row it belongs to another episode: mask it by `terminals`.
+    """
+    keys = ("observations", "actions", "rewards", "terminals", "timeouts")
+    with open(path, "rb") as file:  # hashed and read through one handle, so that no other bytes slip in between
+        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        require(expected_sha256 in (None, sha256), f"{path} has SHA-256 {sha256}, not {expected_sha256}: delete it")
+        try:
+            with h5py.File(file, "r") as h5:
+                observations, actions, *flat = (h5[key].astype(np.float32)[()] for key in keys)
+        except Exception as error:  # whatever h5py raises on a damaged or foreign file, the file is at fault
+            raise UserError(f"{path} is no readable HDF5 file with {', '.join(keys)}: {error}") from error
+    rewards, terminals, timeouts = (column.reshape(-1) for column in flat)  # replay files have rewards (rows, 1)
+    shapes = [column.shape for column in (observations, actions, rewards, terminals, timeouts)]
+    fit = [len(shape) for shape in shapes] == [2, 2, 1, 1, 1] and len({shape[0] for shape in shapes}) == 1
+    require(fit, f"{path} has arrays of different lengths or wrong shapes: {dict(zip(keys, shapes))}")
+    require(np.isfinite([terminals, timeouts]).all(), f"{path} has NaN or inf in terminals or timeouts")
+    rows, ends = np.flatnonzero(timeouts[:-1] == 0), (terminals != 0) | (timeouts != 0)
+    _, episode_ids = np.unique((np.cumsum(ends) - ends)[rows], return_inverse=True)  # no hole where all rows dropped
+    return observations[rows], actions[rows], rewards[rows], observations[rows + 1], terminals[rows] != 0, episode_ids
+
+
+def read_minari(dataset: minari.MinariDataset) -> tuple[np.ndarray, ...]:
+    """The first six fields of Dataset; an episode has T + 1 observations, so no step is dropped."""
+    episodes = [
+        (e.observations[:-1], e.actions, e.rewards, e.observations[1:], e.terminations, np.full(len(e.actions), i))
+        for i, e in enumerate(dataset.iterate_episodes())
+    ]
+    require(episodes, f"{dataset.id} has no episodes")
+    *columns, episode_ids = (np.concatenate(column) for column in zip(*episodes))
+    return *(column.astype(np.float32) for column in columns), np.unique(episode_ids, return_inverse=True)[1]
+
+
+def checked_dataset(transitions: tuple, env: gym.Env, ref_min: float, ref_max: float) -> Dataset:
+    """A Dataset with actions scaled to [-1, 1]; raises UserError if it is damaged or `env` is not its environment."""
+    observations, actions, rewards, next_observations, terminals, episode_ids = transitions
+    require(len(rewards), "the dataset has no transitions")
+    for array, space in ((observations, env.observation_space), (actions, env.action_space)):
+        shape = array.shape[1:]
+        require(shape == space.shape, f"observations or actions have shape {shape}, but {env.spec.id} has {space}")
+    finite = all(np.isfinite(array).all() for array in (observations, actions, next_observations))
+    require(finite, "the dataset has NaN or inf in observations or actions")
+    require(not np.isinf(rewards).any(), "the dataset has inf in rewards; only NaN is understood there: unlabelled")
+    low, high = env.action_space.low, env.action_space.high
+    require(np.isfinite([low, high]).all(), f"the actions of {env.spec.id} have no bounds: {env.action_space}")
+    actions = (actions - (high + low) / 2) / ((high - low) / 2)  # exactly the identity for bounds of -1 and 1
+    beyond = f"the dataset has actions beyond the bounds of {env.spec.id}, {low.tolist()} to {high.tolist()}"
+    require(np.abs(actions).max() <= 1 + 1e-5, beyond)
+    arrays = (observations, actions, rewards, next_observations, np.float32(terminals), episode_ids)
+    digest = hashlib.sha256(b"".join(hashlib.sha256(array).digest() for array in arrays))
+    return Dataset(*arrays, env.spec, low, high, ref_min, ref_max, digest.hexdigest())
+
+
+# --- Seeds as a batch dimension ---
+
+Batch = namedtuple("Batch", "observations actions rewards next_observations terminals")  # tensors
+
+
+class BatchedLinear(nn.Module):
+    """`num_models` linear layers side by side: (num_models, batch, in_dim) -> (num_models, batch, out_dim)."""
+
+    def __init__(self, num_models: int, in_dim: int, out_dim: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(num_models, in_dim, out_dim))
+        self.bias = nn.Parameter(torch.empty(num_models, 1, out_dim))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if len(x) == len(self.weight):
+            return torch.baddbmm(self.bias, x, self.weight)
+        return torch.baddbmm(self.bias[: len(x)], x, self.weight[: len(x)])  # inputs for the first models alone
+
+
+class Network(nn.Module):
+    """`twins` perceptrons with two hidden layers for each seed: first every seed's first, then every seed's second.
+
+    Initialised as nn.Linear is, each seed from its own generator. A subclass normalises observations by `mean`, `std`.
+    """
+
+    def __init__(self, seeds: range, twins: int, in_dim: int, hidden_dim: int, out_dim: int, mean=0.0, std=1.0):
+        super().__init__()
+        self.register_buffer("mean", torch.as_tensor(mean))  # (seeds, 1, obs_dim)
+        self.register_buffer("std", torch.as_tensor(std))
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds] * twins
+        shapes = (in_dim, hidden_dim), (hidden_dim, hidden_dim), (hidden_dim, out_dim)
+        first, second, third = (BatchedLinear(len(generators), *shape) for shape in shapes)
+        for layer in (first, second, third):
+            bound = layer.weight.shape[1] ** -0.5
+            for model, generator in enumerate(generators):
+                nn.init.uniform_(layer.weight.data[model], -bound, bound, generator=generator)
+                nn.init.uniform_(layer.bias.data[model], -bound, bound, generator=generator)
+        self.mlp = nn.Sequential(first, nn.ReLU(inplace=True), second, nn.ReLU(inplace=True), third)
+
+
+def gradient_step(optimizer: torch.optim.Adam, loss: torch.Tensor) -> torch.Tensor:
+    """Step on the gradients of the optimizer's own parameters, and of no others; returns the loss, detached."""
+    optimizer.zero_grad()
+    loss.backward(inputs=optimizer.param_groups[0]["params"])
+    optimizer.step()
+    return loss.detach()
+
+
+def sample(data: Batch, visible: torch.Tensor | None, size: tuple, generator: torch.Generator) -> Batch:
+    """Transitions drawn uniformly with replacement, `size` = (..., seeds, batch), by each seed from its `visible` rows.
+
+    `data` has rewards (seeds, N) and all else (N, ...); `visible` is (seeds, rows), or None for the whole dataset.
+    """
+    each_seed = torch.arange(size[-2], device=data.rewards.device)[:, None]
+    num_rows = len(data.terminals) if visible is None else visible.shape[1]
+    rows = torch.randint(num_rows, size, generator=generator, device=data.rewards.device)
+    rows = rows if visible is None else visible[each_seed, rows]
+    observations, actions, rewards, next_observations, terminals = data
+    return Batch(observations[rows], actions[rows], rewards[each_seed, rows], next_observations[rows], terminals[rows])
+
+
+# --- Reward model ---
+
+
+def split_labels(rewards: np.ndarray, label_fraction: float | None, seeds: range) -> np.ndarray:
+    """Indices of each seed's labelled transitions, (seeds, labels), drawn uniformly from the known rewards.
+
+    `label_fraction` None is 1% of a fully labelled dataset, and every label of one with NaN rewards. Raises UserError.
+    """
+    known = np.flatnonzero(~np.isnan(rewards))
+    require(len(known), "no transition is labelled: every reward is NaN")
+    fraction = label_fraction or (0.01 if len(known) == len(rewards) else 1.0)
+    num_labels = max(1, round(fraction * len(known)))
+    draws = [np.random.default_rng(seed).choice(known, num_labels, replace=False) for seed in seeds]
+    labels = np.sort(draws, axis=1)
+    varied = (np.ptp(rewards[labels], axis=1) > 0).all()
+    require(varied, f"the {num_labels} labelled rewards of a seed are all equal, which teaches nothing: label more")
+    return labels
+
+
+class RewardModel(Network):
+    def forward(self, observations: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
+        """f(s, a) of each seed, (seeds, batch), for observations and actions (seeds, batch, ...)."""
+        return self.mlp(torch.cat([observations, actions], dim=-1)).squeeze(-1)
+
+
+def train_reward_model(
+    model: RewardModel, dataset: Dataset, labels: np.ndarray, seeds: range, epochs: int, lr: float, batch_size: int
+) -> np.ndarray:
+    """Fit each seed's model to its labelled transitions (Eq. 4); returns the losses (epochs, seeds)."""
+    device = next(model.parameters()).device
+    optimizer = torch.optim.Adam(model.parameters(), lr=lr, fused=True)
+    columns = (dataset.observations, dataset.actions, dataset.rewards)
+    observations, actions, rewards = (torch.from_numpy(column[labels]).to(device) for column in columns)
+    each_seed, losses = torch.arange(len(seeds), device=device)[:, None], torch.zeros(epochs, len(seeds), device=device)
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    for epoch in tqdm(range(epochs), "reward model", unit="epoch", leave=False, disable=None):
+        order = torch.stack([torch.randperm(labels.shape[1], generator=generator) for generator in generators])
+        for rows in order.to(device).split(batch_size, dim=1):  # (seeds, batch)
+            predicted = model(observations[each_seed, rows], actions[each_seed, rows])
+            loss = (predicted - rewards[each_seed, rows]).square().mean(dim=1)  # Eq. 4, (seeds,)
+            gradient_step(optimizer, loss.sum())
+            losses[epoch] += loss.detach() * rows.shape[1] / labels.shape[1]
+    return losses.cpu().numpy()
+
+
+@torch.no_grad()
+def impute_rewards(model: RewardModel, dataset: Dataset, labels: np.ndarray) -> np.ndarray:
+    """Each seed's rewards, (seeds, N): those labelled for it as they are, f(s, a) for all others (Eq. 5)."""
+    num_seeds, device = len(labels), next(model.parameters()).device
+    rewards = np.empty((num_seeds, len(dataset.rewards)), np.float32)
+    for start in range(0, len(dataset.rewards), 16384):  # in chunks: the hidden layers of all rows would be large
+        rows = slice(start, start + 16384)
+        inputs = (torch.from_numpy(column[rows]).to(device) for column in (dataset.observations, dataset.actions))
+        rewards[:, rows] = model(*(column.expand(num_seeds, -1, -1) for column in inputs)).cpu()
+    np.put_along_axis(rewards, labels, dataset.rewards[labels], axis=1)
+    return rewards
+
+
+def imputation_quality(imputed: np.ndarray, dataset: Dataset, labels: np.ndarray) -> dict[str, list] | None:
+    """How well each seed's imputed rewards (seeds, N) match the hidden ones; None where that cannot be known.
+
+    This report is the only use of a hidden reward: no agent sees any of it.
+    """
+    known = np.flatnonzero(~np.isnan(dataset.rewards))
+    hidden = np.stack([np.setdiff1d(known, rows) for rows in labels])  # (seeds, hidden)
+    if not hidden.size:
+        return None
+    true = dataset.rewards[hidden]
+    error = np.take_along_axis(imputed, hidden, axis=1) - true
+    mse, mae = np.mean(error**2, axis=1), np.mean(np.abs(error), axis=1)
+    with np.errstate(all="ignore"):  # no R2 of equal rewards, no correlation of partly unknown or equal returns
+        returns = [np.bincount(dataset.episode_ids, weights=rewards) for rewards in (dataset.rewards, *imputed)]
+        correlation = [np.corrcoef(returns[0], imputed_returns)[0, 1] for imputed_returns in returns[1:]]
+        quality = {"r2": 1 - mse / np.var(true, axis=1), "mse": mse, "mae": mae, "return_correlation": correlation}
+    return {name: [float(x) if np.isfinite(x) else None for x in values] for name, values in quality.items()}
+
+
+# --- IQL (Kostrikov et al. 2022) ---
+
+Agent = namedtuple("Agent", "actor value critic critic_target actor_optimizer value_optimizer critic_optimizer")
+
+
+class Actor(Network):
+    """Gaussian policies: tanh of the perceptron is the mean, the log-std does not depend on the state."""
+
+    def __init__(self, seeds: range, obs_dim: int, act_dim: int):
+        identity = torch.zeros(len(seeds), 1, obs_dim), torch.ones(len(seeds), 1, obs_dim)  # nothing is normalised
+        super().__init__(seeds, 1, obs_dim, 256, act_dim, *identity)
+        self.log_std = nn.Parameter(torch.zeros(len(seeds), 1, act_dim))
+
+    def forward(self, observations: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
+        """Log-probability, (seeds, batch), of actions (seeds, batch, act_dim)."""
+        mean, log_std = self.mlp(observations).tanh(), self.log_std.clamp(-5, 2)
+        log_prob = -0.5 * ((actions - mean) / log_std.exp()).square() - log_std - 0.5 * np.log(2 * np.pi)
+        return log_prob.sum(dim=-1)
+
+
+class Value(Network):
+    def forward(self, observations: torch.Tensor) -> torch.Tensor:
+        """V, (seeds, batch), of observations (seeds, batch, obs_dim)."""
+        return self.mlp(observations).squeeze(-1)
+
+
+class Critic(Network):
+    def forward(self, observations: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
+        """Q1 and Q2, (2, seeds, batch)."""
+        x = torch.cat([observations, actions], dim=-1)
+        return self.mlp(x.repeat(2, 1, 1)).view(2, *x.shape[:2])
+
+
+@torch.no_grad()
+def init_orthogonal(network: Network, seeds: range) -> None:
+    """Orthogonal weights of gain sqrt(2) and zero biases, model by model, each seed from its own generator."""
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    for layer in network.mlp[::2]:
+        for k, weight in enumerate(layer.weight):
+            nn.init.orthogonal_(weight, 2**0.5, generator=generators[k % len(seeds)])
+        nn.init.zeros_(layer.bias)
+
+
+def make_agent(obs_dim: int, act_dim: int, seeds: range, learning_rate: float, device: torch.device) -> Agent:
+    actor = Actor(seeds, obs_dim, act_dim)
+    value, critic = Value(seeds, 1, obs_dim, 256, 1), Critic(seeds, 2, obs_dim + act_dim, 256, 1)
+    for network in (actor, value, critic):
+        init_orthogonal(network, seeds)
+        network.to(device)
+    rates = torch.tensor(learning_rate, device=device), learning_rate, learning_rate  # the actor's follows a schedule
+    networks = zip((actor, value, critic), rates)
+    optimizers = [torch.optim.Adam(network.parameters(), lr=rate, fused=True) for network, rate in networks]
+    return Agent(actor, value, critic, deepcopy(critic), *optimizers)
+
+
+def reward_scale(rewards: np.ndarray, labels: np.ndarray, dataset: Dataset, labeled_only: bool) -> np.ndarray:
+    """1000 / (largest - smallest episode return), (seeds, 1), of the rewards (seeds, N) that each agent sees.
+
+    Who sees labelled transitions only observes no return: a labelled episode's is then estimated as the mean of its
+    own labelled rewards times its length. Raises UserError if all returns are equal.
+    """
+    scales, lengths = [], np.bincount(dataset.episode_ids)
+    for seed_rewards, rows in zip(rewards, labels):
+        rows = rows if labeled_only else slice(None)
+        counts = np.bincount(dataset.episode_ids[rows], minlength=len(lengths))
+        returns = np.bincount(dataset.episode_ids[rows], weights=seed_rewards[rows], minlength=len(lengths))
+        returns = (returns / np.maximum(counts, 1) * lengths)[counts > 0]
+        spread = np.ptp(returns)
+        require(spread > 1e-6 * np.abs(returns).max(), "all episode returns are equal: IQL cannot scale the rewards")
+        scales.append(1000 / spread)
+    return np.float32(scales)[:, None]
+
+
+def value_loss(agent: Agent, batch: Batch, q: torch.Tensor, args: Args) -> torch.Tensor:
+    advantage = q - agent.value(batch.observations)  # (seeds, batch)
+    weight = torch.where(advantage > 0, args.expectile, 1 - args.expectile)
+    return (weight * advantage.square()).mean(dim=-1).sum()  # mean over the batch, sum over seeds
+
+
+def actor_loss(agent: Agent, batch: Batch, q: torch.Tensor, args: Args) -> torch.Tensor:
+    with torch.no_grad():
+        weight = (args.temperature * (q - agent.value(batch.observations))).exp().clamp(max=100)
+    return -(weight * agent.actor(batch.observations, batch.actions)).mean(dim=-1).sum()
+
+
+def critic_loss(agent: Agent, batch: Batch, args: Args) -> torch.Tensor:
+    with torch.no_grad():
+        target_q = batch.rewards + args.gamma * (1 - batch.terminals) * agent.value(batch.next_observations)
+    return (agent.critic(batch.observations, batch.actions) - target_q).square().mean(dim=-1).sum()
+
+
+def update(agent: Agent, batch: Batch, args: Args) -> dict[str, torch.Tensor]:
+    """V, actor, Q, target, in this order: the advantage and Q's target use the updated V, the advantage the target Q.
+
+    Returns losses, summed over seeds.
+    """
+    with torch.no_grad():
+        q = agent.critic_target(batch.observations, batch.actions).amin(dim=0)  # (seeds, batch)
+    v_loss = gradient_step(agent.value_optimizer, value_loss(agent, batch, q, args))
+    pi_loss = gradient_step(agent.actor_optimizer, actor_loss(agent, batch, q, args))
+    q_loss = gradient_step(agent.critic_optimizer, critic_loss(agent, batch, args))
+    with torch.no_grad():
+        torch._foreach_lerp_(list(agent.critic_target.parameters()), list(agent.critic.parameters()), args.tau)
+    return {"losses/value_loss": v_loss, "losses/actor_loss": pi_loss, "losses/critic_loss": q_loss}
+
+
+def set_learning_rate(agent: Agent, num_updates: int, args: Args) -> None:
+    """Cosine from the actor's learning rate at update 0 to 0 at the end of the run."""
+    cosine = 0.5 * (1 + np.cos(np.pi * num_updates / args.num_updates))
+    agent.actor_optimizer.param_groups[0]["lr"].fill_(args.learning_rate * cosine)
+
+
+# --- Evaluation ---
+
+
+class Policy(dict):
+    """One seed's actor in numpy: an observation (obs_dim,) -> an action (act_dim,) within the environment's bounds."""
+
+    def __call__(self, observation: np.ndarray) -> np.ndarray:
+        x = (np.float32(observation) - self["mean"]) / self["std"]
+        x = np.maximum(np.maximum(x @ self["w0"] + self["b0"], 0) @ self["w1"] + self["b1"], 0)
+        return self["low"] + (np.tanh(x @ self["w2"] + self["b2"]) + 1) / 2 * (self["high"] - self["low"])
+
+
+@torch.no_grad()
+def make_policies(actor: nn.Module, dataset: Dataset) -> list[Policy]:
+    """A copy of each seed's actor as it is now."""
+    arrays = {"mean": actor.mean[:, 0], "std": actor.std[:, 0]}
+    for i, layer in enumerate(actor.mlp[::2]):
+        arrays |= {f"w{i}": layer.weight, f"b{i}": layer.bias[:, 0]}
+    arrays = {name: tensor.to("cpu", copy=True).numpy() for name, tensor in arrays.items()}
+    bounds = {"low": dataset.action_low, "high": dataset.action_high}
+    return [Policy(zip(arrays, each_seed), **bounds) for each_seed in zip(*arrays.values())]
+
+
+def run_episode(policy: Policy, env_spec: gym.envs.registration.EnvSpec, seed: int) -> float:
+    """Return of one deterministic episode, in a fresh environment: the same in whatever process."""
+    env = make_env(env_spec)
+    observation, _ = env.reset(seed=seed)
+    episode_return, done = 0.0, False
+    while not done:
+        observation, reward, terminated, truncated, _ = env.step(policy(observation))
+        episode_return, done = episode_return + float(reward), terminated or truncated
+    env.close()
+    return episode_return
+
+
+def init_worker() -> None:
+    """Leave signals to the parent process and end with it, however it ends."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    threading.Thread(target=lambda: os._exit(parent.join() or 1), daemon=True).start()
+
+
+class Evaluator:
+    """Runs evaluation episodes, in worker processes while training goes on or (0 workers) in this one; keeps scores."""
+
+    def __init__(self, dataset: Dataset, seeds: range, episode_seeds: range, workers: int, scores: list):
+        self.dataset, self.seeds, self.episode_seeds, self.pool = dataset, seeds, episode_seeds, None
+        self.scores, self.pending = scores, None  # rows of update, seed, return, score; update under evaluation
+        if workers:
+            spawn = multiprocessing.get_context("spawn")
+            self.pool = ProcessPoolExecutor(workers, mp_context=spawn, initializer=init_worker)
+
+    def start(self, num_updates: int, policies: list[Policy]) -> None:
+        self.pending, self.futures = num_updates, []
+        self.jobs = [(policy, self.dataset.env_spec, seed) for policy in policies for seed in self.episode_seeds]
+        with suppress(BrokenExecutor):
+            self.futures = [self.pool.submit(run_episode, *job) for job in self.jobs] if self.pool else []
+
+    def finish(self, run_dir: Path, log) -> None:
+        """Wait for the evaluation under way, if there is one; write, log and show its scores."""
+        if self.pending is None:
+            return
+        num_updates, self.pending, returns = self.pending, None, []
+        with suppress(BrokenExecutor):
+            returns = [future.result() for future in self.futures]
+        if self.pool and not returns:
+            tqdm.write("warning: an evaluation worker died; evaluation goes on in this process", file=sys.stderr)
+            self.pool = None
+        returns = np.reshape(returns or [run_episode(*job) for job in self.jobs], (len(self.seeds), -1)).mean(axis=1)
+        scores = 100 * (returns - self.dataset.ref_min) / (self.dataset.ref_max - self.dataset.ref_min)
+        self.scores += [[num_updates, *row] for row in zip(self.seeds, returns.tolist(), scores.tolist())]
+        columns = "update,seed,return,score"
+        np.savetxt(file := io.BytesIO(), self.scores, "%d,%d,%.17g,%.17g", header=columns, comments="")
+        write_file(run_dir / "scores.csv", file.getvalue())
+        metric, values = ("return", returns) if np.isnan(scores).any() else ("score", scores)  # NaN: no references
+        tqdm.write(f"update {num_updates:>9,}   {metric} {values.mean():.1f} ± {values.std():.1f}")
+        each_seed = {f"charts/{metric}_seed{seed}": value for seed, value in zip(self.seeds, values.tolist())}
+        log({"update": num_updates, "charts/return": returns.mean(), f"charts/{metric}": values.mean()} | each_seed)
+
+
+# --- Run directory ---
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """Write beside, flush to disk, rename: whoever reads `path` finds the old content or the new, never a part."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def load_checkpoint(run_dir: Path, resume: bool, config: dict) -> dict | None:
+    """The state to go on from, None for a run that starts; raises UserError if `run_dir` holds another run."""
+    path, free = run_dir / "checkpoint.pt", ("resume", "run_dir", "eval_workers", "track", "log_freq", "save_policy")
+    held = (run_dir / "config.json").exists()
+    require(resume or not held, f"{run_dir} already holds a run: go on with --resume or choose another --run-dir")
+    if not path.exists():
+        return None
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        before = {name: state["config"][name] for name in config if name not in free}
+    except Exception as error:  # cut short, or another program's
+        raise UserError(f"{path} is not a readable checkpoint ({error}); delete it to start anew") from error
+    changes = [f"{name} was {value}, now {config[name]}" for name, value in before.items() if value != config[name]]
+    require(not changes, f"{path} was made with other arguments: {', '.join(changes)}")
+    return state
+
+
+# --- The experiment ---
+
+
+def check_args(args: Args) -> None:
+    """Raise UserError for values that no run can have."""
+    for name, value in vars(args).items():
+        least = 1 if type(value) is int and name not in ("seed", "eval_seed", "eval_workers") else 0
+        fine = type(value) not in (int, float) or least <= value < np.inf
+        require(fine, f"--{name.replace('_', '-')} cannot be {value}")
+    fraction = 1 if args.label_fraction is None else args.label_fraction
+    require(0 < fraction <= 1, "--label-fraction must be above 0 and at most 1")
+    require(args.gamma <= 1 and args.tau <= 1, "--gamma and --tau must be at most 1")
+    require(args.run_dir or not args.resume, "--resume needs the --run-dir to go on from")
+    require(args.device != "cuda" or torch.cuda.is_available(), "--device cuda: there is no usable GPU here")
+
+
+def main(args: Args) -> None:
+    check_args(args)
+    config = json.loads(json.dumps(vars(args), default=str))
+    name = f"{args.env_id.replace('/', '-')}__{Path(__file__).stem}__{args.rewards}__{args.seed}__{int(time.time())}"
+    run_dir = args.run_dir or Path("runs") / name
+    state = load_checkpoint(run_dir, args.resume, config)
+    if (run_dir / "result.json").exists():
+        return print(f"{run_dir} holds a finished run: see its result.json and scores.csv")
+    device = torch.device(args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
+    device_name = torch.cuda.get_device_name() if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
+    seeds = range(args.seed, args.seed + args.num_seeds)
+
+    # The dataset, and the few transitions of each seed whose rewards may be seen.
+    dataset = load_dataset(args.env_id, args.dataset_path, args.eval_env_id)
+    require(state is None or state["dataset"] == dataset.sha256, f"{run_dir} was started on another dataset")
+    labels = split_labels(dataset.rewards, args.label_fraction, seeds)  # (seeds, labels)
+    oracle = args.rewards == "oracle"
+    require(not oracle or not np.isnan(dataset.rewards).any(), "--rewards oracle needs every reward, but some are NaN")
+    run_dir.mkdir(parents=True, exist_ok=True)
+    write_file(run_dir / "config.json", json.dumps(config, indent=2).encode())
+    num_episodes = dataset.episode_ids[-1] + 1
+    print(f"dataset       {args.env_id}: {len(dataset.rewards):,} transitions, {num_episodes:,} episodes")
+    print(f"rewards       {args.rewards}, {labels.shape[1]:,} labelled for each of {len(seeds)} seeds; {device_name}")
+    start = time.perf_counter()
+
+    # The reward model is fitted to those (Eq. 4) and imputes all other rewards (Eq. 5).
+    model = quality = None
+    rewards = np.tile(dataset.rewards if oracle else np.zeros_like(dataset.rewards), (len(seeds), 1))  # (seeds, N)
+    np.put_along_axis(rewards, labels, dataset.rewards[labels], axis=1)
+    if args.rewards == "imputed":
+        in_dim = dataset.observations.shape[1] + dataset.actions.shape[1]
+        model = RewardModel(seeds, 1, in_dim, args.reward_hidden_dim, 1).to(device)
+        if state is None:
+            settings = args.reward_epochs, args.reward_learning_rate, args.reward_batch_size
+            train_reward_model(model, dataset, labels, seeds, *settings)
+        else:
+            model.load_state_dict(state["reward_model"])
+        rewards = impute_rewards(model, dataset, labels)
+        quality = imputation_quality(rewards, dataset, labels)
+        means = [f"{name} {np.mean(np.array(values, float)):.4f}" for name, values in (quality or {}).items()]
+        print(f"reward model  {', '.join(means) or 'unknown quality'} on the hidden rewards")
+    fitted = time.perf_counter()
+
+    # The agent, and the transitions it draws from: all of them, or its labelled ones alone.
+    rewards *= reward_scale(rewards, labels, dataset, args.rewards == "labeled")
+    actions = dataset.actions.clip(-1 + 1e-5, 1 - 1e-5)
+    columns = (dataset.observations, actions, rewards, dataset.next_observations, dataset.terminals)
+    data = Batch(*(torch.from_numpy(column).to(device) for column in columns))
+    visible = torch.from_numpy(labels).to(device) if args.rewards == "labeled" else None
+    dims = dataset.observations.shape[1], dataset.actions.shape[1]
+    agent = make_agent(*dims, seeds, args.learning_rate, device)
+    generator = torch.Generator(device).manual_seed(args.seed)
+    num_updates, scores, track_id, log = 0, [], None, lambda metrics: None
+    if state is not None:
+        num_updates, scores, track_id = state["num_updates"], state["scores"], state["track_id"]
+        generator.set_state(state["generator"])
+        for name, part in agent._asdict().items():
+            part.load_state_dict(state["agent"][name])
+    if args.track:
+        import wandb
+
+        run = wandb.init(id=track_id, resume="allow", name=run_dir.name, config=config, dir=run_dir)
+        run.define_metric("*", step_metric="update")
+        track_id, log = run.id, run.log
+
+    # Training, with a checkpoint before every evaluation; a signal stops it after the update under way.
+    signals = []
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, frame: signals.append(number))
+    episode_seeds = range(args.eval_seed, args.eval_seed + args.eval_episodes)
+    evaluator = Evaluator(dataset, seeds, episode_seeds, args.eval_workers, scores)
+    progress = tqdm(total=args.num_updates, initial=num_updates, unit="update", disable=None)
+    while True:
+        due = num_updates > 0 and (num_updates % args.eval_freq == 0 or num_updates == args.num_updates)
+        if signals or (due and (not scores or scores[-1][0] < num_updates)):
+            evaluator.finish(run_dir, log)
+            state = {"config": config, "dataset": dataset.sha256, "num_updates": num_updates, "scores": scores}
+            state |= {"labels": torch.from_numpy(labels), "reward_model": model and model.state_dict()}
+            state |= {"agent": {name: part.state_dict() for name, part in agent._asdict().items()}}
+            torch.save(state | {"generator": generator.get_state(), "track_id": track_id}, file := io.BytesIO())
+            write_file(run_dir / "checkpoint.pt", file.getvalue())
+            if signals:
+                command = shlex.join(["python", *sys.argv, "--run-dir", str(run_dir), "--resume"])
+                tqdm.write(f"stopped after {num_updates:,} updates; go on with: {command}")
+                sys.exit(128 + signals[0])
+            evaluator.start(num_updates, make_policies(agent.actor, dataset))
+        if args.eval_workers == 0 or num_updates == args.num_updates:
+            evaluator.finish(run_dir, log)
+        if num_updates == args.num_updates:
+            break
+        batch = sample(data, visible, (len(seeds), args.batch_size), generator)
+        set_learning_rate(agent, num_updates, args)
+        losses = update(agent, batch, args)
+        num_updates += 1
+        progress.update(1)
+        if args.track and num_updates % args.log_freq == 0:
+            losses = {name: loss.item() / len(seeds) for name, loss in losses.items()}
+            log({"update": num_updates, "charts/updates_per_second": progress.format_dict["rate"]} | losses)
+    progress.close()
+
+    if args.save_policy:
+        for seed, policy in zip(seeds, make_policies(agent.actor, dataset)):
+            np.savez(file := io.BytesIO(), **policy)
+            write_file(run_dir / f"policy_seed{seed}.npz", file.getvalue())
+    seconds = {"reward_model": fitted - start, "training": time.perf_counter() - fitted}
+    commit = os.popen(f"git -C {shlex.quote(str(Path(__file__).parent))} rev-parse HEAD 2>{os.devnull}").read().strip()
+    metric, column = ("return", 2) if np.isnan(scores[-1][3]) else ("score", 3)
+    table = np.array(scores)[:, column].reshape(-1, len(seeds))  # (evaluations, seeds)
+    last, last_10 = (
+        table[-1],
+        table[-10:].mean(axis=0),
+    )  # the last evaluation and the mean of the last ten, never the best
+    result = {"metric": metric, "mean": last.mean(), "std": last.std(), "per_seed": last.tolist()}
+    result |= {"last_10_mean": last_10.mean(), "last_10_std": last_10.std()}
+    result |= {"num_updates": num_updates, "eval_episodes": args.eval_episodes}
+    result |= {"reward_model": quality, "device": device_name, "commit": commit or None}
+    result |= {"versions": {module.__name__: module.__version__ for module in (torch, np, gym, mujoco, minari)}}
+    result |= {"timing": seconds | {"updates_per_second": num_updates / seconds["training"]}}
+    write_file(run_dir / "result.json", json.dumps(result, indent=2).encode())
+    print(f"result        {metric} {last.mean():.1f} ± {last.std():.1f} over {len(seeds)} seeds, in {run_dir}")
+
+
+if __name__ == "__main__":
+    try:
+        main(tyro.cli(Args, description=__doc__))
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except (UserError, OSError) as error:
+        print("error:", " ".join(str(error).split()), file=sys.stderr)
+        sys.exit(2)
