@@ -265,24 +265,27 @@ class BatchedLinear(nn.Module):
 
 
 class Network(nn.Module):
-    """`twins` perceptrons with two hidden layers for each seed: first every seed's first, then every seed's second.
+    """Perceptrons with two hidden layers, `twins` for each seed: first every seed's first, then every seed's second.
 
-    Initialised as nn.Linear is, each seed from its own generator. A subclass normalises observations by `mean`, `std`.
+    Initialised as nn.Linear is, by each seed's own generator. A subclass may normalise observations by `mean`, `std`.
     """
 
-    def __init__(self, seeds: range, twins: int, in_dim: int, hidden_dim: int, out_dim: int, mean=0.0, std=1.0):
+    def __init__(self, generators: list, in_dim: int, hidden_dim: int, out_dim: int, twins=1, mean=0.0, std=1.0):
         super().__init__()
-        self.register_buffer("mean", torch.as_tensor(mean))  # (seeds, 1, obs_dim)
-        self.register_buffer("std", torch.as_tensor(std))
-        generators = [torch.Generator().manual_seed(seed) for seed in seeds] * twins
+        self.register_buffer("mean", torch.zeros(len(generators), 1, 1) + mean)  # (seeds, 1, obs_dim)
+        self.register_buffer("std", torch.zeros(len(generators), 1, 1) + std)
         shapes = (in_dim, hidden_dim), (hidden_dim, hidden_dim), (hidden_dim, out_dim)
-        first, second, third = (BatchedLinear(len(generators), *shape) for shape in shapes)
+        first, second, third = (BatchedLinear(twins * len(generators), *shape) for shape in shapes)
         for layer in (first, second, third):
             bound = layer.weight.shape[1] ** -0.5
-            for model, generator in enumerate(generators):
+            for model, generator in enumerate(generators * twins):
                 nn.init.uniform_(layer.weight.data[model], -bound, bound, generator=generator)
                 nn.init.uniform_(layer.bias.data[model], -bound, bound, generator=generator)
         self.mlp = nn.Sequential(first, nn.ReLU(inplace=True), second, nn.ReLU(inplace=True), third)
+
+
+def make_generators(seeds: range) -> list[torch.Generator]:
+    return [torch.Generator().manual_seed(seed) for seed in seeds]
 
 
 def gradient_step(optimizer: torch.optim.Adam, loss: torch.Tensor) -> torch.Tensor:
@@ -332,15 +335,15 @@ class RewardModel(Network):
 
 
 def train_reward_model(
-    model: RewardModel, dataset: Dataset, labels: np.ndarray, seeds: range, epochs: int, lr: float, batch_size: int
+    model: RewardModel, dataset: Dataset, labels: np.ndarray, generators: list, epochs: int, lr: float, batch_size: int
 ) -> np.ndarray:
     """Fit each seed's model to its labelled transitions (Eq. 4); returns the losses (epochs, seeds)."""
     device = next(model.parameters()).device
     optimizer = torch.optim.Adam(model.parameters(), lr=lr, fused=True)
     columns = (dataset.observations, dataset.actions, dataset.rewards)
     observations, actions, rewards = (torch.from_numpy(column[labels]).to(device) for column in columns)
-    each_seed, losses = torch.arange(len(seeds), device=device)[:, None], torch.zeros(epochs, len(seeds), device=device)
-    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    each_seed = torch.arange(len(labels), device=device)[:, None]
+    losses = torch.zeros(epochs, len(labels), device=device)
     for epoch in tqdm(range(epochs), "reward model", unit="epoch", leave=False, disable=None):
         order = torch.stack([torch.randperm(labels.shape[1], generator=generator) for generator in generators])
         for rows in order.to(device).split(batch_size, dim=1):  # (seeds, batch)
@@ -391,10 +394,9 @@ Agent = namedtuple("Agent", "actor value critic critic_target actor_optimizer va
 class Actor(Network):
     """Gaussian policies: tanh of the perceptron is the mean, the log-std does not depend on the state."""
 
-    def __init__(self, seeds: range, obs_dim: int, act_dim: int):
-        identity = torch.zeros(len(seeds), 1, obs_dim), torch.ones(len(seeds), 1, obs_dim)  # nothing is normalised
-        super().__init__(seeds, 1, obs_dim, 256, act_dim, *identity)
-        self.log_std = nn.Parameter(torch.zeros(len(seeds), 1, act_dim))
+    def __init__(self, generators: list, in_dim: int, hidden_dim: int, act_dim: int):
+        super().__init__(generators, in_dim, hidden_dim, act_dim)
+        self.log_std = nn.Parameter(torch.zeros(len(generators), 1, act_dim))
 
     def forward(self, observations: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
         """Log-probability, (seeds, batch), of actions (seeds, batch, act_dim)."""
@@ -416,40 +418,31 @@ class Critic(Network):
         return self.mlp(x.repeat(2, 1, 1)).view(2, *x.shape[:2])
 
 
-@torch.no_grad()
-def init_orthogonal(network: Network, seeds: range) -> None:
-    """Orthogonal weights of gain sqrt(2) and zero biases, model by model, each seed from its own generator."""
-    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    for layer in network.mlp[::2]:
-        for k, weight in enumerate(layer.weight):
-            nn.init.orthogonal_(weight, 2**0.5, generator=generators[k % len(seeds)])
-        nn.init.zeros_(layer.bias)
-
-
 def make_agent(obs_dim: int, act_dim: int, seeds: range, learning_rate: float, device: torch.device) -> Agent:
-    actor = Actor(seeds, obs_dim, act_dim)
-    value, critic = Value(seeds, 1, obs_dim, 256, 1), Critic(seeds, 2, obs_dim + act_dim, 256, 1)
-    for network in (actor, value, critic):
-        init_orthogonal(network, seeds)
-        network.to(device)
+    """Networks of all seeds; orthogonal weights of gain sqrt(2) and zero biases, model by model, as the original's."""
+    generators = make_generators(seeds)
+    actor, value = Actor(generators, obs_dim, 256, act_dim), Value(generators, obs_dim, 256, 1)
+    critic = Critic(generators, obs_dim + act_dim, 256, 1, twins=2)
+    for layer in (*actor.mlp[::2], *value.mlp[::2], *critic.mlp[::2]):
+        nn.init.zeros_(layer.bias)
+        for model in range(len(layer.weight)):
+            nn.init.orthogonal_(layer.weight.data[model], 2**0.5, generator=generators[model % len(seeds)])
+    networks = [network.to(device) for network in (actor, value, critic)]
     rates = torch.tensor(learning_rate, device=device), learning_rate, learning_rate  # the actor's follows a schedule
-    networks = zip((actor, value, critic), rates)
-    optimizers = [torch.optim.Adam(network.parameters(), lr=rate, fused=True) for network, rate in networks]
-    return Agent(actor, value, critic, deepcopy(critic), *optimizers)
+    optimizers = [torch.optim.Adam(net.parameters(), lr=rate, fused=True) for net, rate in zip(networks, rates)]
+    return Agent(*networks, deepcopy(critic), *optimizers)
 
 
 def reward_scale(rewards: np.ndarray, labels: np.ndarray, dataset: Dataset, labeled_only: bool) -> np.ndarray:
     """1000 / (largest - smallest episode return), (seeds, 1), of the rewards (seeds, N) that each agent sees.
 
-    Who sees labelled transitions only observes no return: a labelled episode's is then estimated as the mean of its
-    own labelled rewards times its length. Raises UserError if all returns are equal.
+    With `labeled_only` it sees no return; that of each labelled episode is estimated as the mean of its own labelled
+    rewards times its length. Raises UserError if all returns are equal.
     """
     scales, lengths = [], np.bincount(dataset.episode_ids)
-    for seed_rewards, rows in zip(rewards, labels):
-        rows = rows if labeled_only else slice(None)
-        counts = np.bincount(dataset.episode_ids[rows], minlength=len(lengths))
-        returns = np.bincount(dataset.episode_ids[rows], weights=seed_rewards[rows], minlength=len(lengths))
-        returns = (returns / np.maximum(counts, 1) * lengths)[counts > 0]
+    for seed_rewards, rows in zip(rewards, labels if labeled_only else [slice(None)] * len(rewards)):
+        episodes, ids, counts = np.unique(dataset.episode_ids[rows], return_inverse=True, return_counts=True)
+        returns = np.bincount(ids, weights=seed_rewards[rows]) / counts * lengths[episodes]
         spread = np.ptp(returns)
         require(spread > 1e-6 * np.abs(returns).max(), "all episode returns are equal: IQL cannot scale the rewards")
         scales.append(1000 / spread)
@@ -656,10 +649,11 @@ def main(args: Args) -> None:
     np.put_along_axis(rewards, labels, dataset.rewards[labels], axis=1)
     if args.rewards == "imputed":
         in_dim = dataset.observations.shape[1] + dataset.actions.shape[1]
-        model = RewardModel(seeds, 1, in_dim, args.reward_hidden_dim, 1).to(device)
+        generators = make_generators(seeds)
+        model = RewardModel(generators, in_dim, args.reward_hidden_dim, 1).to(device)
         if state is None:
             settings = args.reward_epochs, args.reward_learning_rate, args.reward_batch_size
-            train_reward_model(model, dataset, labels, seeds, *settings)
+            train_reward_model(model, dataset, labels, generators, *settings)
         else:
             model.load_state_dict(state["reward_model"])
         rewards = impute_rewards(model, dataset, labels)

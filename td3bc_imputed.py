@@ -267,24 +267,27 @@ class BatchedLinear(nn.Module):
 
 
 class Network(nn.Module):
-    """`twins` perceptrons with two hidden layers for each seed: first every seed's first, then every seed's second.
+    """Perceptrons with two hidden layers, `twins` for each seed: first every seed's first, then every seed's second.
 
-    Initialised as nn.Linear is, each seed from its own generator. A subclass normalises observations by `mean`, `std`.
+    Initialised as nn.Linear is, by each seed's own generator. A subclass may normalise observations by `mean`, `std`.
     """
 
-    def __init__(self, seeds: range, twins: int, in_dim: int, hidden_dim: int, out_dim: int, mean=0.0, std=1.0):
+    def __init__(self, generators: list, in_dim: int, hidden_dim: int, out_dim: int, twins=1, mean=0.0, std=1.0):
         super().__init__()
-        self.register_buffer("mean", torch.as_tensor(mean))  # (seeds, 1, obs_dim)
-        self.register_buffer("std", torch.as_tensor(std))
-        generators = [torch.Generator().manual_seed(seed) for seed in seeds] * twins
+        self.register_buffer("mean", torch.zeros(len(generators), 1, 1) + mean)  # (seeds, 1, obs_dim)
+        self.register_buffer("std", torch.zeros(len(generators), 1, 1) + std)
         shapes = (in_dim, hidden_dim), (hidden_dim, hidden_dim), (hidden_dim, out_dim)
-        first, second, third = (BatchedLinear(len(generators), *shape) for shape in shapes)
+        first, second, third = (BatchedLinear(twins * len(generators), *shape) for shape in shapes)
         for layer in (first, second, third):
             bound = layer.weight.shape[1] ** -0.5
-            for model, generator in enumerate(generators):
+            for model, generator in enumerate(generators * twins):
                 nn.init.uniform_(layer.weight.data[model], -bound, bound, generator=generator)
                 nn.init.uniform_(layer.bias.data[model], -bound, bound, generator=generator)
         self.mlp = nn.Sequential(first, nn.ReLU(inplace=True), second, nn.ReLU(inplace=True), third)
+
+
+def make_generators(seeds: range) -> list[torch.Generator]:
+    return [torch.Generator().manual_seed(seed) for seed in seeds]
 
 
 def gradient_step(optimizer: torch.optim.Adam, loss: torch.Tensor) -> torch.Tensor:
@@ -334,15 +337,15 @@ class RewardModel(Network):
 
 
 def train_reward_model(
-    model: RewardModel, dataset: Dataset, labels: np.ndarray, seeds: range, epochs: int, lr: float, batch_size: int
+    model: RewardModel, dataset: Dataset, labels: np.ndarray, generators: list, epochs: int, lr: float, batch_size: int
 ) -> np.ndarray:
     """Fit each seed's model to its labelled transitions (Eq. 4); returns the losses (epochs, seeds)."""
     device = next(model.parameters()).device
     optimizer = torch.optim.Adam(model.parameters(), lr=lr, fused=True)
     columns = (dataset.observations, dataset.actions, dataset.rewards)
     observations, actions, rewards = (torch.from_numpy(column[labels]).to(device) for column in columns)
-    each_seed, losses = torch.arange(len(seeds), device=device)[:, None], torch.zeros(epochs, len(seeds), device=device)
-    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    each_seed = torch.arange(len(labels), device=device)[:, None]
+    losses = torch.zeros(epochs, len(labels), device=device)
     for epoch in tqdm(range(epochs), "reward model", unit="epoch", leave=False, disable=None):
         order = torch.stack([torch.randperm(labels.shape[1], generator=generator) for generator in generators])
         for rows in order.to(device).split(batch_size, dim=1):  # (seeds, batch)
@@ -407,9 +410,9 @@ def make_agent(data: Batch, visible: torch.Tensor | None, seeds: range, learning
     """Networks of all seeds; they normalise observations with the statistics of what each seed's agent may see."""
     seen = data.observations.expand(len(seeds), -1, -1) if visible is None else data.observations[visible]
     std, mean = torch.std_mean(seen, dim=1, keepdim=True, correction=0)  # (seeds, 1, obs_dim)
-    statistics, obs_dim, act_dim = (mean, std + 1e-3), mean.shape[-1], data.actions.shape[1]
-    actor = Actor(seeds, 1, obs_dim, 256, act_dim, *statistics).to(mean.device)
-    critic = Critic(seeds, 2, obs_dim + act_dim, 256, 1, *statistics).to(mean.device)
+    obs_dim, act_dim, generators = mean.shape[-1], data.actions.shape[-1], make_generators(seeds)
+    actor = Actor(generators, obs_dim, 256, act_dim, mean=mean.cpu(), std=std.cpu() + 1e-3).to(mean.device)
+    critic = Critic(generators, obs_dim + act_dim, 256, 1, 2, mean.cpu(), std.cpu() + 1e-3).to(mean.device)
     optimizers = [torch.optim.Adam(network.parameters(), lr=learning_rate, fused=True) for network in (actor, critic)]
     return Agent(actor, deepcopy(actor), critic, deepcopy(critic), *optimizers)
 
@@ -610,10 +613,11 @@ def main(args: Args) -> None:
     np.put_along_axis(rewards, labels, dataset.rewards[labels], axis=1)
     if args.rewards == "imputed":
         in_dim = dataset.observations.shape[1] + dataset.actions.shape[1]
-        model = RewardModel(seeds, 1, in_dim, args.reward_hidden_dim, 1).to(device)
+        generators = make_generators(seeds)
+        model = RewardModel(generators, in_dim, args.reward_hidden_dim, 1).to(device)
         if state is None:
             settings = args.reward_epochs, args.reward_learning_rate, args.reward_batch_size
-            train_reward_model(model, dataset, labels, seeds, *settings)
+            train_reward_model(model, dataset, labels, generators, *settings)
         else:
             model.load_state_dict(state["reward_model"])
         rewards = impute_rewards(model, dataset, labels)
