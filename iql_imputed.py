@@ -60,7 +60,7 @@ class Args:
     reward_hidden_dim: int = 256  # width of the reward model's two hidden layers
     reward_epochs: int = 300  # passes over the labelled transitions
     reward_learning_rate: float = 1e-4  # Adam's, for the reward model
-    reward_batch_size: int = 256  # labelled transitions in a batch
+    reward_batch_size: int = 64  # labelled transitions in a batch
     expectile: float = 0.7  # of the value function's regression; 0.5 is the mean
     temperature: float = 3.0  # inverse temperature: how sharply the actor prefers actions of high advantage
     learning_rate: float = 3e-4  # Adam's, for all networks of the agent
@@ -267,7 +267,7 @@ class BatchedLinear(nn.Module):
 class Network(nn.Module):
     """Perceptrons with two hidden layers, `twins` for each seed: first every seed's first, then every seed's second.
 
-    Initialised as nn.Linear is, by each seed's own generator. A subclass may normalise observations by `mean`, `std`.
+    Initialised as nn.Linear is, by each seed's own generator; `mean` and `std` normalise the observations.
     """
 
     def __init__(self, generators: list, in_dim: int, hidden_dim: int, out_dim: int, twins=1, mean=0.0, std=1.0):
@@ -282,6 +282,11 @@ class Network(nn.Module):
                 nn.init.uniform_(layer.weight.data[model], -bound, bound, generator=generator)
                 nn.init.uniform_(layer.bias.data[model], -bound, bound, generator=generator)
         self.mlp = nn.Sequential(first, nn.ReLU(inplace=True), second, nn.ReLU(inplace=True), third)
+
+    def forward(self, observations: torch.Tensor, *actions: torch.Tensor, twins: int = 1) -> torch.Tensor:
+        """(seeds, batch, out_dim) from observations, and actions, (seeds, batch, ...); for 2 twins (2, seeds, ...)."""
+        x = torch.cat([(observations - self.mean) / self.std, *actions], dim=-1)
+        return self.mlp(x) if twins == 1 else self.mlp(x.repeat(twins, 1, 1)).view(twins, *x.shape[:2], -1)
 
 
 def make_generators(seeds: range) -> list[torch.Generator]:
@@ -329,9 +334,14 @@ def split_labels(rewards: np.ndarray, label_fraction: float | None, seeds: range
 
 
 class RewardModel(Network):
+    """f(s, a) of each seed, its input normalised with all observations: they are known, labelled or not."""
+
+    def __init__(self, dataset: Dataset, generators: list, hidden_dim: int):
+        std, mean = torch.std_mean(torch.from_numpy(dataset.observations), dim=0, correction=0)  # (obs_dim,)
+        super().__init__(generators, len(mean) + dataset.actions.shape[1], hidden_dim, 1, mean=mean, std=std + 1e-3)
+
     def forward(self, observations: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
-        """f(s, a) of each seed, (seeds, batch), for observations and actions (seeds, batch, ...)."""
-        return self.mlp(torch.cat([observations, actions], dim=-1)).squeeze(-1)
+        return super().forward(observations, actions).squeeze(-1)
 
 
 def train_reward_model(
@@ -391,38 +401,12 @@ def imputation_quality(imputed: np.ndarray, dataset: Dataset, labels: np.ndarray
 Agent = namedtuple("Agent", "actor value critic critic_target actor_optimizer value_optimizer critic_optimizer")
 
 
-class Actor(Network):
-    """Gaussian policies: tanh of the perceptron is the mean, the log-std does not depend on the state."""
-
-    def __init__(self, generators: list, in_dim: int, hidden_dim: int, act_dim: int):
-        super().__init__(generators, in_dim, hidden_dim, act_dim)
-        self.log_std = nn.Parameter(torch.zeros(len(generators), 1, act_dim))
-
-    def forward(self, observations: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
-        """Log-probability, (seeds, batch), of actions (seeds, batch, act_dim)."""
-        mean, log_std = self.mlp(observations).tanh(), self.log_std.clamp(-5, 2)
-        log_prob = -0.5 * ((actions - mean) / log_std.exp()).square() - log_std - 0.5 * np.log(2 * np.pi)
-        return log_prob.sum(dim=-1)
-
-
-class Value(Network):
-    def forward(self, observations: torch.Tensor) -> torch.Tensor:
-        """V, (seeds, batch), of observations (seeds, batch, obs_dim)."""
-        return self.mlp(observations).squeeze(-1)
-
-
-class Critic(Network):
-    def forward(self, observations: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
-        """Q1 and Q2, (2, seeds, batch)."""
-        x = torch.cat([observations, actions], dim=-1)
-        return self.mlp(x.repeat(2, 1, 1)).view(2, *x.shape[:2])
-
-
 def make_agent(obs_dim: int, act_dim: int, seeds: range, learning_rate: float, device: torch.device) -> Agent:
     """Networks of all seeds; orthogonal weights of gain sqrt(2) and zero biases, model by model, as the original's."""
     generators = make_generators(seeds)
-    actor, value = Actor(generators, obs_dim, 256, act_dim), Value(generators, obs_dim, 256, 1)
-    critic = Critic(generators, obs_dim + act_dim, 256, 1, twins=2)
+    actor, value = Network(generators, obs_dim, 256, act_dim), Network(generators, obs_dim, 256, 1)
+    actor.log_std = nn.Parameter(torch.zeros(len(seeds), 1, act_dim))  # does not depend on the observation
+    critic = Network(generators, obs_dim + act_dim, 256, 1, twins=2)
     for layer in (*actor.mlp[::2], *value.mlp[::2], *critic.mlp[::2]):
         nn.init.zeros_(layer.bias)
         for model in range(len(layer.weight)):
@@ -449,22 +433,31 @@ def reward_scale(rewards: np.ndarray, labels: np.ndarray, dataset: Dataset, labe
     return np.float32(scales)[:, None]
 
 
+def log_prob(actor: Network, observations: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
+    """Log-probability, (seeds, batch), of actions under the Gaussian with mean tanh(actor)."""
+    mean, log_std = actor(observations).tanh(), actor.log_std.clamp(-5, 2)
+    return (-0.5 * ((actions - mean) / log_std.exp()).square() - log_std - 0.5 * np.log(2 * np.pi)).sum(dim=-1)
+
+
 def value_loss(agent: Agent, batch: Batch, q: torch.Tensor, args: Args) -> torch.Tensor:
-    advantage = q - agent.value(batch.observations)  # (seeds, batch)
+    advantage = q - agent.value(batch.observations)  # (seeds, batch, 1)
     weight = torch.where(advantage > 0, args.expectile, 1 - args.expectile)
-    return (weight * advantage.square()).mean(dim=-1).sum()  # mean over the batch, sum over seeds
+    return (weight * advantage.square()).mean(dim=1).sum()  # mean over the batch, sum over seeds
 
 
 def actor_loss(agent: Agent, batch: Batch, q: torch.Tensor, args: Args) -> torch.Tensor:
     with torch.no_grad():
-        weight = (args.temperature * (q - agent.value(batch.observations))).exp().clamp(max=100)
-    return -(weight * agent.actor(batch.observations, batch.actions)).mean(dim=-1).sum()
+        advantage = (q - agent.value(batch.observations)).squeeze(-1)  # (seeds, batch)
+        weight = (args.temperature * advantage).exp().clamp(max=100)
+    return -(weight * log_prob(agent.actor, batch.observations, batch.actions)).mean(dim=-1).sum()
 
 
 def critic_loss(agent: Agent, batch: Batch, args: Args) -> torch.Tensor:
     with torch.no_grad():
-        target_q = batch.rewards + args.gamma * (1 - batch.terminals) * agent.value(batch.next_observations)
-    return (agent.critic(batch.observations, batch.actions) - target_q).square().mean(dim=-1).sum()
+        next_v = agent.value(batch.next_observations).squeeze(-1)  # (seeds, batch)
+        target_q = batch.rewards + args.gamma * (1 - batch.terminals) * next_v
+    q = agent.critic(batch.observations, batch.actions, twins=2).squeeze(-1)  # (2, seeds, batch)
+    return (q - target_q).square().mean(dim=-1).sum()  # mean over the batch, sum over twins and seeds
 
 
 def update(agent: Agent, batch: Batch, args: Args) -> dict[str, torch.Tensor]:
@@ -473,7 +466,7 @@ def update(agent: Agent, batch: Batch, args: Args) -> dict[str, torch.Tensor]:
     Returns losses, summed over seeds.
     """
     with torch.no_grad():
-        q = agent.critic_target(batch.observations, batch.actions).amin(dim=0)  # (seeds, batch)
+        q = agent.critic_target(batch.observations, batch.actions, twins=2).amin(dim=0)  # (seeds, batch, 1)
     v_loss = gradient_step(agent.value_optimizer, value_loss(agent, batch, q, args))
     pi_loss = gradient_step(agent.actor_optimizer, actor_loss(agent, batch, q, args))
     q_loss = gradient_step(agent.critic_optimizer, critic_loss(agent, batch, args))
@@ -637,6 +630,10 @@ def main(args: Args) -> None:
     oracle = args.rewards == "oracle"
     require(not oracle or not np.isnan(dataset.rewards).any(), "--rewards oracle needs every reward, but some are NaN")
     run_dir.mkdir(parents=True, exist_ok=True)
+    try:
+        os.lockf(os.open(run_dir / "lock", os.O_RDWR | os.O_CREAT), os.F_TLOCK, 0)  # held until this process ends
+    except BlockingIOError as error:
+        raise UserError(f"{run_dir} is in use by another process") from error
     write_file(run_dir / "config.json", json.dumps(config, indent=2).encode())
     num_episodes = dataset.episode_ids[-1] + 1
     print(f"dataset       {args.env_id}: {len(dataset.rewards):,} transitions, {num_episodes:,} episodes")
@@ -648,9 +645,8 @@ def main(args: Args) -> None:
     rewards = np.tile(dataset.rewards if oracle else np.zeros_like(dataset.rewards), (len(seeds), 1))  # (seeds, N)
     np.put_along_axis(rewards, labels, dataset.rewards[labels], axis=1)
     if args.rewards == "imputed":
-        in_dim = dataset.observations.shape[1] + dataset.actions.shape[1]
         generators = make_generators(seeds)
-        model = RewardModel(generators, in_dim, args.reward_hidden_dim, 1).to(device)
+        model = RewardModel(dataset, generators, args.reward_hidden_dim).to(device)
         if state is None:
             settings = args.reward_epochs, args.reward_learning_rate, args.reward_batch_size
             train_reward_model(model, dataset, labels, generators, *settings)
@@ -701,7 +697,7 @@ def main(args: Args) -> None:
             torch.save(state | {"generator": generator.get_state(), "track_id": track_id}, file := io.BytesIO())
             write_file(run_dir / "checkpoint.pt", file.getvalue())
             if signals:
-                command = shlex.join(["python", *sys.argv, "--run-dir", str(run_dir), "--resume"])
+                command = shlex.join([sys.executable, *sys.argv, "--run-dir", str(run_dir), "--resume"])
                 tqdm.write(f"stopped after {num_updates:,} updates; go on with: {command}")
                 sys.exit(128 + signals[0])
             evaluator.start(num_updates, make_policies(agent.actor, dataset))
@@ -744,7 +740,7 @@ def main(args: Args) -> None:
 if __name__ == "__main__":
     try:
         main(tyro.cli(Args, description=__doc__))
-    except KeyboardInterrupt:
+    except KeyboardInterrupt:  # before training; from then on a signal writes a checkpoint
         sys.exit(130)
     except (UserError, OSError) as error:
         print("error:", " ".join(str(error).split()), file=sys.stderr)

@@ -60,7 +60,7 @@ class Args:
     reward_hidden_dim: int = 256  # width of the reward model's two hidden layers
     reward_epochs: int = 300  # passes over the labelled transitions
     reward_learning_rate: float = 1e-4  # Adam's, for the reward model
-    reward_batch_size: int = 256  # labelled transitions in a batch
+    reward_batch_size: int = 64  # labelled transitions in a batch
     alpha: float = 2.5  # weight of Q against behaviour cloning; 0 is behaviour cloning alone
     policy_noise: float = 0.2  # std of the noise on the target policy's actions
     noise_clip: float = 0.5  # bound of that noise
@@ -269,7 +269,7 @@ class BatchedLinear(nn.Module):
 class Network(nn.Module):
     """Perceptrons with two hidden layers, `twins` for each seed: first every seed's first, then every seed's second.
 
-    Initialised as nn.Linear is, by each seed's own generator. A subclass may normalise observations by `mean`, `std`.
+    Initialised as nn.Linear is, by each seed's own generator; `mean` and `std` normalise the observations.
     """
 
     def __init__(self, generators: list, in_dim: int, hidden_dim: int, out_dim: int, twins=1, mean=0.0, std=1.0):
@@ -284,6 +284,11 @@ class Network(nn.Module):
                 nn.init.uniform_(layer.weight.data[model], -bound, bound, generator=generator)
                 nn.init.uniform_(layer.bias.data[model], -bound, bound, generator=generator)
         self.mlp = nn.Sequential(first, nn.ReLU(inplace=True), second, nn.ReLU(inplace=True), third)
+
+    def forward(self, observations: torch.Tensor, *actions: torch.Tensor, twins: int = 1) -> torch.Tensor:
+        """(seeds, batch, out_dim) from observations, and actions, (seeds, batch, ...); for 2 twins (2, seeds, ...)."""
+        x = torch.cat([(observations - self.mean) / self.std, *actions], dim=-1)
+        return self.mlp(x) if twins == 1 else self.mlp(x.repeat(twins, 1, 1)).view(twins, *x.shape[:2], -1)
 
 
 def make_generators(seeds: range) -> list[torch.Generator]:
@@ -331,9 +336,14 @@ def split_labels(rewards: np.ndarray, label_fraction: float | None, seeds: range
 
 
 class RewardModel(Network):
+    """f(s, a) of each seed, its input normalised with all observations: they are known, labelled or not."""
+
+    def __init__(self, dataset: Dataset, generators: list, hidden_dim: int):
+        std, mean = torch.std_mean(torch.from_numpy(dataset.observations), dim=0, correction=0)  # (obs_dim,)
+        super().__init__(generators, len(mean) + dataset.actions.shape[1], hidden_dim, 1, mean=mean, std=std + 1e-3)
+
     def forward(self, observations: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
-        """f(s, a) of each seed, (seeds, batch), for observations and actions (seeds, batch, ...)."""
-        return self.mlp(torch.cat([observations, actions], dim=-1)).squeeze(-1)
+        return super().forward(observations, actions).squeeze(-1)
 
 
 def train_reward_model(
@@ -393,26 +403,13 @@ def imputation_quality(imputed: np.ndarray, dataset: Dataset, labels: np.ndarray
 Agent = namedtuple("Agent", "actor actor_target critic critic_target actor_optimizer critic_optimizer")
 
 
-class Actor(Network):
-    def forward(self, observations: torch.Tensor) -> torch.Tensor:
-        """Actions in [-1, 1], (seeds, batch, act_dim), for observations (seeds, batch, obs_dim)."""
-        return self.mlp((observations - self.mean) / self.std).tanh()
-
-
-class Critic(Network):
-    def forward(self, observations: torch.Tensor, actions: torch.Tensor, twins: int = 2) -> torch.Tensor:
-        """Q1 and Q2, (2, seeds, batch); with twins=1 Q1 alone is computed."""
-        x = torch.cat([(observations - self.mean) / self.std, actions], dim=-1)
-        return self.mlp(x.repeat(twins, 1, 1)).view(twins, *x.shape[:2])
-
-
 def make_agent(data: Batch, visible: torch.Tensor | None, seeds: range, learning_rate: float) -> Agent:
     """Networks of all seeds; they normalise observations with the statistics of what each seed's agent may see."""
     seen = data.observations.expand(len(seeds), -1, -1) if visible is None else data.observations[visible]
     std, mean = torch.std_mean(seen, dim=1, keepdim=True, correction=0)  # (seeds, 1, obs_dim)
     obs_dim, act_dim, generators = mean.shape[-1], data.actions.shape[-1], make_generators(seeds)
-    actor = Actor(generators, obs_dim, 256, act_dim, mean=mean.cpu(), std=std.cpu() + 1e-3).to(mean.device)
-    critic = Critic(generators, obs_dim + act_dim, 256, 1, 2, mean.cpu(), std.cpu() + 1e-3).to(mean.device)
+    actor = Network(generators, obs_dim, 256, act_dim, mean=mean.cpu(), std=std.cpu() + 1e-3).to(mean.device)
+    critic = Network(generators, obs_dim + act_dim, 256, 1, 2, mean.cpu(), std.cpu() + 1e-3).to(mean.device)
     optimizers = [torch.optim.Adam(network.parameters(), lr=learning_rate, fused=True) for network in (actor, critic)]
     return Agent(actor, deepcopy(actor), critic, deepcopy(critic), *optimizers)
 
@@ -420,16 +417,16 @@ def make_agent(data: Batch, visible: torch.Tensor | None, seeds: range, learning
 def critic_loss(agent: Agent, batch: Batch, noise: torch.Tensor, args: Args) -> torch.Tensor:
     with torch.no_grad():
         noise = (noise * args.policy_noise).clamp(-args.noise_clip, args.noise_clip)
-        next_actions = (agent.actor_target(batch.next_observations) + noise).clamp(-1, 1)
-        next_q = agent.critic_target(batch.next_observations, next_actions).amin(dim=0)  # (seeds, batch)
-        target_q = batch.rewards + args.gamma * (1 - batch.terminals) * next_q
-    q = agent.critic(batch.observations, batch.actions)  # (2, seeds, batch)
+        next_actions = (agent.actor_target(batch.next_observations).tanh() + noise).clamp(-1, 1)
+        next_q = agent.critic_target(batch.next_observations, next_actions, twins=2).amin(dim=0)  # (seeds, batch, 1)
+        target_q = batch.rewards + args.gamma * (1 - batch.terminals) * next_q.squeeze(-1)
+    q = agent.critic(batch.observations, batch.actions, twins=2).squeeze(-1)  # (2, seeds, batch)
     return (q - target_q).square().mean(dim=-1).sum()  # mean over the batch, sum over twins and seeds
 
 
 def actor_loss(agent: Agent, batch: Batch, args: Args) -> torch.Tensor:
-    actions = agent.actor(batch.observations)
-    q = agent.critic(batch.observations, actions, twins=1).squeeze(0)  # (seeds, batch)
+    actions = agent.actor(batch.observations).tanh()
+    q = agent.critic(batch.observations, actions).squeeze(-1)  # Q1 alone, (seeds, batch)
     weight = args.alpha / q.abs().mean(dim=-1).detach()  # lambda in the paper, (seeds,)
     cloning = (actions - batch.actions).square().mean(dim=(-2, -1))  # (seeds,)
     return (-weight * q.mean(dim=-1) + cloning).sum()
@@ -601,6 +598,10 @@ def main(args: Args) -> None:
     oracle = args.rewards == "oracle"
     require(not oracle or not np.isnan(dataset.rewards).any(), "--rewards oracle needs every reward, but some are NaN")
     run_dir.mkdir(parents=True, exist_ok=True)
+    try:
+        os.lockf(os.open(run_dir / "lock", os.O_RDWR | os.O_CREAT), os.F_TLOCK, 0)  # held until this process ends
+    except BlockingIOError as error:
+        raise UserError(f"{run_dir} is in use by another process") from error
     write_file(run_dir / "config.json", json.dumps(config, indent=2).encode())
     num_episodes = dataset.episode_ids[-1] + 1
     print(f"dataset       {args.env_id}: {len(dataset.rewards):,} transitions, {num_episodes:,} episodes")
@@ -612,9 +613,8 @@ def main(args: Args) -> None:
     rewards = np.tile(dataset.rewards if oracle else np.zeros_like(dataset.rewards), (len(seeds), 1))  # (seeds, N)
     np.put_along_axis(rewards, labels, dataset.rewards[labels], axis=1)
     if args.rewards == "imputed":
-        in_dim = dataset.observations.shape[1] + dataset.actions.shape[1]
         generators = make_generators(seeds)
-        model = RewardModel(generators, in_dim, args.reward_hidden_dim, 1).to(device)
+        model = RewardModel(dataset, generators, args.reward_hidden_dim).to(device)
         if state is None:
             settings = args.reward_epochs, args.reward_learning_rate, args.reward_batch_size
             train_reward_model(model, dataset, labels, generators, *settings)
@@ -662,7 +662,7 @@ def main(args: Args) -> None:
             torch.save(state | {"generator": generator.get_state(), "track_id": track_id}, file := io.BytesIO())
             write_file(run_dir / "checkpoint.pt", file.getvalue())
             if signals:
-                command = shlex.join(["python", *sys.argv, "--run-dir", str(run_dir), "--resume"])
+                command = shlex.join([sys.executable, *sys.argv, "--run-dir", str(run_dir), "--resume"])
                 tqdm.write(f"stopped after {num_updates:,} updates; go on with: {command}")
                 sys.exit(128 + signals[0])
             evaluator.start(num_updates, make_policies(agent.actor, dataset))
@@ -705,7 +705,7 @@ def main(args: Args) -> None:
 if __name__ == "__main__":
     try:
         main(tyro.cli(Args, description=__doc__))
-    except KeyboardInterrupt:
+    except KeyboardInterrupt:  # before training; from then on a signal writes a checkpoint
         sys.exit(130)
     except (UserError, OSError) as error:
         print("error:", " ".join(str(error).split()), file=sys.stderr)

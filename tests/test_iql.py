@@ -116,7 +116,7 @@ def test_log_std_is_clipped_and_actions_at_the_bounds_give_finite_losses(log_std
     clipped = min(max(log_std, -5.0), 2.0)
     mean = agent.actor.mlp(observations).tanh()
     expected = torch.distributions.Normal(mean, np.exp(clipped)).log_prob(actions).sum(-1)
-    torch.testing.assert_close(agent.actor(observations, actions), expected, rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(script.log_prob(agent.actor, observations, actions), expected, rtol=1e-4, atol=1e-3)
     agent, _ = train(data._replace(actions=torch.ones_like(data.actions)), 20, agent)
     assert all(parameter.isfinite().all() for network in agent[:4] for parameter in network.parameters())
 

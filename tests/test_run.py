@@ -1,0 +1,349 @@
+"""Whole runs, as a user starts them: what they leave, what resumes, what is refused, what survives."""
+
+import json
+import os
+import random
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import h5py
+import numpy as np
+import own_envs  # noqa: F401, registers Wide-v0
+import pytest
+import torch
+
+import iql_imputed
+import td3bc_imputed
+
+ROOT = Path(__file__).parent.parent
+AGENTS = ["td3bc_imputed.py", "iql_imputed.py"]
+SMALL = [
+    "--env-id",
+    "own_envs:Wide-v0",
+    "--dataset-path",
+    "own.hdf5",
+    "--label-fraction",
+    "0.2",
+    "--reward-epochs",
+    "3",
+]
+SMALL += ["--batch-size", "16", "--eval-episodes", "3", "--device", "cpu"]
+
+
+@pytest.fixture(autouse=True)
+def own_dataset(tmp_path):
+    """own.hdf5: 300 transitions of Wide-v0, whose reward is the sum of the action."""
+    rng = np.random.default_rng(0)
+    actions = rng.uniform(0, 10, (300, 2))
+    with h5py.File(tmp_path / "own.hdf5", "w") as file:
+        file["observations"] = np.arange(300)[:, None] % 3
+        file["actions"], file["rewards"] = actions, actions.sum(1)
+        file["terminals"], file["timeouts"] = np.arange(300) % 3 == 2, np.zeros(300, bool)
+
+
+def command(script, *arguments):
+    return [sys.executable, str(ROOT / script), *map(str, arguments)]
+
+
+def environment():
+    return os.environ | {"PYTHONPATH": str(ROOT / "tests"), "OMP_NUM_THREADS": "1"}
+
+
+def run(script, *arguments, code=0, **kwargs):
+    """Standard output of a run that must end with `code`; an error must be one line and no traceback."""
+    done = subprocess.run(
+        command(script, *arguments), env=environment(), capture_output=True, text=True, check=False, **kwargs
+    )
+    assert done.returncode == code, done.stdout + done.stderr
+    if code == 2:
+        assert re.fullmatch(r"error: .+\n", done.stderr), done.stderr
+    return done.stdout + done.stderr
+
+
+def outcome(run_dir):
+    """Everything a run computed: the last checkpoint's tensors, the scores, the result without its timing."""
+    state = torch.load(run_dir / "checkpoint.pt", weights_only=True)
+    state["config"] = {
+        name: value for name, value in state["config"].items() if name not in ("run_dir", "resume", "eval_workers")
+    }
+    result = json.loads((run_dir / "result.json").read_text())
+    del result["timing"]
+    return state, (run_dir / "scores.csv").read_text(), result
+
+
+def assert_identical(a, b, name=""):
+    assert type(a) is type(b), name
+    if isinstance(a, torch.Tensor):
+        assert torch.equal(a, b), name
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys(), name
+        for key in a:
+            assert_identical(a[key], b[key], f"{name}.{key}")
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b), name
+        for i, pair in enumerate(zip(a, b)):
+            assert_identical(*pair, f"{name}[{i}]")
+    else:
+        assert a == b or np.isnan([a, b]).all(), name  # NaN: a score without reference returns
+
+
+@pytest.mark.parametrize("script", AGENTS)
+def test_a_run_leaves_scores_configuration_result_and_policies(script, tmp_path):
+    output = run(script, *SMALL, "--num-updates", 40, "--eval-freq", 20, "--num-seeds", 2, "--save-policy", "--seed", 3)
+    (run_dir,) = (tmp_path / "runs").iterdir()
+    assert re.fullmatch(rf"own_envs:Wide-v0__{script[:-3]}__imputed__3__\d+", run_dir.name)
+    lines = (run_dir / "scores.csv").read_text().splitlines()
+    assert lines[0] == "update,seed,return,score"
+    assert [line.split(",")[:2] for line in lines[1:]] == [["20", "3"], ["20", "4"], ["40", "3"], ["40", "4"]]
+    result = json.loads((run_dir / "result.json").read_text())
+    returns = [float(line.split(",")[2]) for line in lines[1:]]
+    assert result["metric"] == "return" and result["per_seed"] == returns[2:]
+    assert result["mean"] == pytest.approx(np.mean(returns[2:])) and result["std"] == pytest.approx(np.std(returns[2:]))
+    assert result["last_10_mean"] == pytest.approx(np.mean(returns)) and result["num_updates"] == 40
+    assert set(result["reward_model"]) == {"r2", "mse", "mae", "return_correlation"}
+    assert json.loads((run_dir / "config.json").read_text())["dataset_path"] == "own.hdf5"
+    assert "return" in output.splitlines()[-1] and str(run_dir.name) in output.splitlines()[-1]
+    assert sorted(path.name for path in run_dir.glob("*.npz")) == ["policy_seed3.npz", "policy_seed4.npz"]
+    assert not list(run_dir.glob("*.tmp")) and "Warning" not in output
+
+
+@pytest.mark.parametrize("script", [td3bc_imputed, iql_imputed])
+def test_a_saved_policy_is_the_actor_and_needs_numpy_alone(script, tmp_path):
+    run(f"{script.__name__}.py", *SMALL, "--num-updates", 20, "--save-policy", "--run-dir", "run")
+    state = torch.load("run/checkpoint.pt", weights_only=True)["agent"]["actor"]
+    policy = script.Policy(np.load("run/policy_seed0.npz", allow_pickle=False))
+    for observation in np.random.default_rng(0).normal(size=(5, 1)):
+        x = (torch.tensor(observation, dtype=torch.float32) - state["mean"][0, 0]) / state["std"][0, 0]
+        for layer in (0, 2, 4):
+            x = x @ state[f"mlp.{layer}.weight"][0] + state[f"mlp.{layer}.bias"][0, 0]
+            x = x.relu() if layer < 4 else x.tanh()
+        np.testing.assert_allclose(policy(observation), 5 * (x.numpy() + 1), rtol=1e-4)
+
+
+@pytest.mark.parametrize("script", AGENTS)
+def test_workers_evaluate_to_the_same_numbers(script, tmp_path):
+    arguments = [*SMALL, "--num-updates", 60, "--eval-freq", 20, "--num-seeds", 2]
+    run(script, *arguments, "--run-dir", "here")
+    run(script, *arguments, "--run-dir", "workers", "--eval-workers", 2)
+    assert Path("here/scores.csv").read_text() == Path("workers/scores.csv").read_text()
+
+
+def test_a_killed_worker_costs_one_warning(tmp_path):
+    arguments = [*SMALL, "--num-updates", 4000, "--eval-freq", 200, "--run-dir", "run"]
+    process = subprocess.Popen(
+        command("td3bc_imputed.py", *arguments, "--eval-workers", 1),
+        env=environment(),
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    wait_for(Path("run/scores.csv"), process)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    workers = [pid for pid in children if "spawn_main" in Path(f"/proc/{pid}/cmdline").read_text()]
+    os.kill(int(workers[0]), signal.SIGKILL)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 0 and errors.count("warning: an evaluation worker died") == 1
+    run("td3bc_imputed.py", *arguments[:-1], "undisturbed")
+    assert Path("run/scores.csv").read_text() == Path("undisturbed/scores.csv").read_text()
+
+
+def wait_for(path, process, seconds=60):
+    deadline = time.monotonic() + seconds
+    while not path.exists():
+        assert process.poll() is None and time.monotonic() < deadline, f"{path} did not appear"
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("script", AGENTS)
+@pytest.mark.parametrize("workers", [0, 1])
+def test_resume_after_kill_is_bit_identical(script, workers, tmp_path):
+    """SIGKILL at random moments of training, checkpoint writing and evaluation, until the run gets through."""
+    arguments = [*SMALL, "--num-updates", 400, "--eval-freq", 50, "--num-seeds", 2]
+    run(script, *arguments, "--run-dir", "undisturbed")
+    rng, kills = random.Random(workers), 0
+    resume = [*arguments, "--run-dir", "killed", "--resume", "--eval-workers", workers]
+    while kills < 3:
+        process = subprocess.Popen(command(script, *resume), env=environment(), stdout=subprocess.DEVNULL)
+        before = progress_of("killed")
+        while process.poll() is None and progress_of("killed") == before:  # at least one checkpoint further
+            time.sleep(0.005)
+        time.sleep(rng.uniform(0, 0.15))
+        process.kill()
+        process.wait()
+        kills += not Path("killed/result.json").exists()
+        if Path("killed/result.json").exists():
+            break
+    assert kills >= 2, "the run was over before it could be killed"
+    run(script, *resume)
+    assert_identical(outcome(tmp_path / "undisturbed"), outcome(tmp_path / "killed"))
+
+
+def progress_of(run_dir):
+    path = Path(run_dir, "checkpoint.pt")
+    return path.stat().st_mtime_ns if path.exists() else 0
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize("script", AGENTS)
+def test_a_signal_writes_a_checkpoint_and_says_how_to_go_on(script, number, code, tmp_path):
+    arguments = [*SMALL, "--num-updates", 3000, "--eval-freq", 1000]
+    run(script, *arguments, "--run-dir", "undisturbed")
+    process = subprocess.Popen(
+        command(script, *arguments, "--run-dir", "stopped"), env=environment(), stdout=subprocess.PIPE, text=True
+    )
+    wait_for(Path("stopped/scores.csv"), process)
+    process.send_signal(number)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == code
+    last = output.splitlines()[-1]
+    assert re.match(r"stopped after [\d,]+ updates; go on with: ", last)
+    subprocess.run(last.split("go on with: ")[1], shell=True, env=environment(), check=True)
+    assert_identical(outcome(tmp_path / "undisturbed"), outcome(tmp_path / "stopped"))
+
+
+def test_a_run_directory_is_never_overwritten(tmp_path):
+    arguments = [*SMALL, "--num-updates", 20, "--run-dir", "run"]
+    run("td3bc_imputed.py", *arguments)
+    before = {path: path.read_bytes() for path in Path("run").iterdir()}
+    assert "already holds a run" in run("td3bc_imputed.py", *arguments, code=2)
+    assert "finished" in run("td3bc_imputed.py", *arguments, "--resume")
+    assert before == {path: path.read_bytes() for path in Path("run").iterdir()}
+
+
+def test_other_arguments_are_named_and_free_ones_are_free(tmp_path):
+    arguments = [*SMALL, "--num-updates", 20, "--run-dir", "run"]
+    run("td3bc_imputed.py", *arguments)
+    Path("run/result.json").unlink()
+    output = run("td3bc_imputed.py", *arguments, "--resume", "--alpha", 1, "--num-updates", 40, code=2)
+    assert "alpha was 2.5, now 1.0" in output and "num_updates was 20, now 40" in output and "resume" not in output
+    assert "result" in run("td3bc_imputed.py", *arguments, "--resume", "--save-policy", "--log-freq", 2)
+    assert Path("run/policy_seed0.npz").exists()
+
+
+def test_another_dataset_is_refused_on_resume(tmp_path):
+    arguments = [*SMALL, "--num-updates", 20, "--run-dir", "run"]
+    run("td3bc_imputed.py", *arguments)
+    Path("run/result.json").unlink()
+    with h5py.File("own.hdf5", "r+") as file:
+        file["rewards"][7] += 1
+    assert "another dataset" in run("td3bc_imputed.py", *arguments, "--resume", code=2)
+
+
+def test_a_damaged_checkpoint_is_refused(tmp_path):
+    arguments = [*SMALL, "--num-updates", 20]
+    run("td3bc_imputed.py", *arguments, "--run-dir", "run")
+    content = Path("run/checkpoint.pt").read_bytes()
+    config = json.loads(Path("run/config.json").read_text())
+    for tenth in range(10):
+        Path("run/checkpoint.pt").write_bytes(content[: len(content) * tenth // 10])
+        with pytest.raises(td3bc_imputed.UserError, match="not a readable checkpoint"):
+            td3bc_imputed.load_checkpoint(Path("run"), True, config)
+    torch.save({"config": os.system}, "run/checkpoint.pt")  # a pickle that names code
+    Path("run/result.json").unlink()
+    assert "not a readable checkpoint" in run("td3bc_imputed.py", *arguments, "--run-dir", "run", "--resume", code=2)
+
+
+def test_two_processes_cannot_share_a_run_directory(tmp_path):
+    arguments = [*SMALL, "--num-updates", 100_000, "--eval-freq", 100, "--run-dir", "run", "--resume"]
+    process = subprocess.Popen(command("td3bc_imputed.py", *arguments), env=environment(), stdout=subprocess.DEVNULL)
+    wait_for(Path("run/checkpoint.pt"), process)
+    assert "in use" in run("td3bc_imputed.py", *arguments, code=2)
+    process.kill()
+    process.wait()
+
+
+def test_disk_full_keeps_the_last_checkpoint(tmp_path):
+    arguments = [*SMALL, "--num-updates", 60, "--eval-freq", 20, "--run-dir", "run", "--resume"]
+    limit = 200_000  # bytes a file; a checkpoint is larger
+
+    def full():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+
+    assert "File too large" in run("td3bc_imputed.py", *arguments, code=2, preexec_fn=full)
+    assert not list(Path("run").glob("*.tmp")) and not Path("run/checkpoint.pt").exists()
+    assert "result" in run("td3bc_imputed.py", *arguments)
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
+    td3bc_imputed.write_file(tmp_path / "file", b"old")
+    monkeypatch.setattr(td3bc_imputed.os, "fsync", lambda number: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError, match="disk full"):
+        td3bc_imputed.write_file(tmp_path / "file", b"new")
+    assert (tmp_path / "file").read_bytes() == b"old" and not (tmp_path / "file.tmp").exists()
+
+
+BAD_ARGUMENTS = {
+    "unknown env": (["--env-id", "hoper-medium-v2"], "hopper-medium-v2"),
+    "no such file": (["--env-id", "hopper-own", "--dataset-path", "none.hdf5"], "none.hdf5"),
+    "a folder": (["--env-id", "hopper-own", "--dataset-path", "."], "directory"),
+    "label fraction 0": (["--label-fraction", "0"], "--label-fraction"),
+    "label fraction 2": (["--label-fraction", "2"], "--label-fraction"),
+    "label fraction NaN": (["--label-fraction", "nan"], "--label-fraction"),
+    "one label": (["--label-fraction", "1e-9"], "all equal"),
+    "no seeds": (["--num-seeds", "0"], "--num-seeds"),
+    "negative rate": (["--learning-rate", "-1"], "--learning-rate"),
+    "infinite rate": (["--reward-learning-rate", "inf"], "--reward-learning-rate"),
+    "gamma": (["--gamma", "1.5"], "--gamma"),
+    "resume nothing": (["--resume"], "--run-dir"),
+    "no GPU": (["--device", "cuda"], "GPU"),
+    "run dir in a file": (["--run-dir", "own.hdf5/run"], "own.hdf5"),
+}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU, --device cuda is no mistake")
+@pytest.mark.parametrize("script", [td3bc_imputed, iql_imputed])
+@pytest.mark.parametrize(("arguments", "message"), BAD_ARGUMENTS.values(), ids=BAD_ARGUMENTS)
+def test_mistakes_are_named_before_anything_is_written(script, arguments, message, tmp_path):
+    with pytest.raises((script.UserError, OSError), match=message):
+        script.main(td3bc_imputed.tyro.cli(script.Args, args=arguments))
+    assert sorted(path.name for path in tmp_path.iterdir()) in (["own.hdf5"], ["minari", "own.hdf5"])
+
+
+@pytest.mark.parametrize("script", AGENTS)
+def test_a_mistake_is_one_line_and_exit_code_2(script, tmp_path):
+    assert "hopper-medium-v2" in run(script, "--env-id", "hoper-medium-v2", code=2)
+
+
+def test_td3bc_counts_are_multiples_of_policy_freq():
+    for argument in ("num_updates", "eval_freq", "log_freq"):
+        with pytest.raises(td3bc_imputed.UserError, match="multiples of --policy-freq 2"):
+            td3bc_imputed.main(td3bc_imputed.Args(**{argument: 101}))
+
+
+@pytest.mark.parametrize("script", AGENTS)
+def test_partly_labelled_data_train_and_oracle_is_refused(script, tmp_path):
+    with h5py.File("own.hdf5", "r+") as file:
+        hidden = np.random.default_rng(0).random(300) < 0.7
+        file["rewards"][...] = np.where(hidden, np.nan, file["rewards"])
+    arguments = [argument for argument in SMALL if argument not in ("--label-fraction", "0.2")]
+    output = run(script, *arguments, "--num-updates", 20)
+    assert f"{299 - hidden[:299].sum()} labelled" in output and "unknown" in output
+    for rewards in ("labeled", "zero"):
+        run(script, *arguments, "--num-updates", 20, "--rewards", rewards)
+    assert "are NaN" in run(script, *arguments, "--rewards", "oracle", code=2)
+
+
+@pytest.mark.parametrize("script", AGENTS)
+def test_a_minari_dataset_trains_and_evaluates(script, tmp_path):
+    from test_dataset import make_minari
+
+    make_minari("own_envs:Wide-v0", ref_min_score=0.0, ref_max_score=60.0)
+    output = run(script, "--env-id", "tests/wide-v0", "--label-fraction", 0.5, "--num-updates", 20, "--batch-size", 8)
+    assert re.search(r"result +score", output)
+
+
+@pytest.mark.parametrize("script", AGENTS)
+def test_weights_and_biases_offline(script, tmp_path):
+    run(script, *SMALL, "--num-updates", 40, "--log-freq", 20, "--eval-freq", 20, "--track", "--run-dir", "run")
+    assert list(Path("run/wandb").glob("offline-run-*/*.wandb"))
+    assert torch.load("run/checkpoint.pt", weights_only=True)["track_id"]
+
+
+def test_nothing_is_lost_when_the_bundled_dataset_is_missing(tmp_path):
+    copy = shutil.copy(ROOT / "td3bc_imputed.py", tmp_path)
+    assert "halfcheetah-medium-replay-mini.hdf5" in run(copy, code=2)
