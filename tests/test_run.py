@@ -332,7 +332,7 @@ def test_partly_labelled_data_train_and_oracle_is_refused(script, tmp_path):
 def test_a_minari_dataset_trains_and_evaluates(script, tmp_path):
     from test_dataset import make_minari
 
-    make_minari("own_envs:Wide-v0", ref_min_score=0.0, ref_max_score=60.0)
+    make_minari("Wide-v0", ref_min_score=0.0, ref_max_score=60.0)
     output = run(script, "--env-id", "tests/wide-v0", "--label-fraction", 0.5, "--num-updates", 20, "--batch-size", 8)
     assert re.search(r"result +score", output)
 
