@@ -92,7 +92,6 @@ def require(condition, message: str) -> None:
 
 
 # --- Dataset ---
-
 BUNDLED = "halfcheetah-medium-replay-mini"  # self-collected, not D4RL: tests/data/README.md
 SHA256 = {
     BUNDLED: "5ebac26957e14a6220d6f69990b73c41f2cc995b577b2d0bf49723c2c85d688b",
@@ -147,14 +146,27 @@ def load_dataset(env_id: str, dataset_path: Path | None = None, eval_env_id: str
         near = difflib.get_close_matches(env_id, [*SHA256, *minari.list_local_datasets()], cutoff=0)
         raise UserError(f"unknown --env-id {env_id}; nearest: {', '.join(near)}; remote Minari ids have a slash")
     env = make_env(eval_env_id or source)
-    for space in (env.observation_space, env.action_space):
-        vector = isinstance(space, gym.spaces.Box) and len(space.shape) == 1
-        require(vector, f"{env.spec.id}: observations and actions must be continuous vectors (1-D Box), not {space}")
+    spaces = (env.observation_space, env.action_space)
+    vectors = all(isinstance(space, gym.spaces.Box) and len(space.shape) == 1 for space in spaces)
+    require(vectors, f"{env.spec.id}: observations and actions must be continuous vectors (1-D Box), not {spaces}")
     if dataset_path:
-        transitions = read_hdf5(dataset_path)
+        columns = read_hdf5(dataset_path)
     else:
-        transitions = read_hdf5(find_file(env_id), SHA256[env_id]) if env_id in SHA256 else read_minari(source)
-    return checked_dataset(transitions, env, ref_min, ref_max)
+        columns = read_hdf5(find_file(env_id), SHA256[env_id]) if env_id in SHA256 else read_minari(source)
+    observations, actions, rewards, next_observations, terminals, episode_ids = columns
+    require(len(rewards), "the dataset has no transitions")
+    shapes = (observations.shape[1:], actions.shape[1:])
+    require(shapes == (spaces[0].shape, spaces[1].shape), f"the dataset has shapes {shapes}; {env.spec.id}: {spaces}")
+    finite = all(np.isfinite(array).all() for array in (observations, actions, next_observations))
+    require(finite, "the dataset has NaN or inf in observations or actions")
+    require(not np.isinf(rewards).any(), "the dataset has inf in rewards; only NaN is understood there: unlabelled")
+    low, high = env.action_space.low, env.action_space.high
+    require(np.isfinite([low, high]).all(), f"the actions of {env.spec.id} have no bounds: {env.action_space}")
+    actions = (actions - (high + low) / 2) / ((high - low) / 2)  # exactly the identity for bounds of -1 and 1
+    require(np.abs(actions).max() <= 1 + 1e-5, f"actions beyond the bounds of {env.spec.id}: {env.action_space}")
+    arrays = (observations, actions, rewards, next_observations, np.float32(terminals), episode_ids)
+    digest = hashlib.sha256(b"".join(hashlib.sha256(array).digest() for array in arrays))
+    return Dataset(*arrays, env.spec, low, high, ref_min, ref_max, digest.hexdigest())
 
 
 def make_env(source: str | gym.envs.registration.EnvSpec | minari.MinariDataset) -> gym.Env:
@@ -190,11 +202,7 @@ def find_file(env_id: str) -> Path:
 
 
 def read_hdf5(path: Path, expected_sha256: str | None = None) -> tuple[np.ndarray, ...]:
-    """The first six fields of Dataset from a D4RL-schema HDF5 file, by the rule of d4rl.qlearning_dataset.
-
-    The next observation is the next row's; rows marked as timeouts, and the last row, have none and are dropped. On a
-    terminal row it belongs to another episode: mask it by `terminals`.
-    """
+    """The first six fields of Dataset from a D4RL-schema HDF5 file, by the rule of d4rl.qlearning_dataset."""
     keys = ("observations", "actions", "rewards", "terminals", "timeouts")
     with open(path, "rb") as file:  # hashed and read through one handle, so that no other bytes slip in between
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
@@ -206,9 +214,9 @@ def read_hdf5(path: Path, expected_sha256: str | None = None) -> tuple[np.ndarra
             raise UserError(f"{path} is no readable HDF5 file with {', '.join(keys)}: {error}") from error
     rewards, terminals, timeouts = (column.reshape(-1) for column in flat)  # replay files have rewards (rows, 1)
     shapes = [column.shape for column in (observations, actions, rewards, terminals, timeouts)]
-    fit = [len(shape) for shape in shapes] == [2, 2, 1, 1, 1] and len({shape[0] for shape in shapes}) == 1
-    require(fit, f"{path} has arrays of different lengths or wrong shapes: {dict(zip(keys, shapes))}")
+    require(len({shape[:1] for shape in shapes}) == 1, f"{path} has different lengths or wrong shapes: {shapes}")
     require(np.isfinite([terminals, timeouts]).all(), f"{path} has NaN or inf in terminals or timeouts")
+    # Timeouts and the last row have no next observation: dropped. A terminal row's is another episode's: mask it.
     rows, ends = np.flatnonzero(timeouts[:-1] == 0), (terminals != 0) | (timeouts != 0)
     _, episode_ids = np.unique((np.cumsum(ends) - ends)[rows], return_inverse=True)  # no hole where all rows dropped
     return observations[rows], actions[rows], rewards[rows], observations[rows + 1], terminals[rows] != 0, episode_ids
@@ -216,40 +224,13 @@ def read_hdf5(path: Path, expected_sha256: str | None = None) -> tuple[np.ndarra
 
 def read_minari(dataset: minari.MinariDataset) -> tuple[np.ndarray, ...]:
     """The first six fields of Dataset; an episode has T + 1 observations, so no step is dropped."""
-    episodes = [
-        (e.observations[:-1], e.actions, e.rewards, e.observations[1:], e.terminations, np.full(len(e.actions), i))
-        for i, e in enumerate(dataset.iterate_episodes())
-    ]
-    require(episodes, f"{dataset.id} has no episodes")
-    *columns, episode_ids = (np.concatenate(column) for column in zip(*episodes))
-    return *(column.astype(np.float32) for column in columns), np.unique(episode_ids, return_inverse=True)[1]
-
-
-def checked_dataset(transitions: tuple, env: gym.Env, ref_min: float, ref_max: float) -> Dataset:
-    """A Dataset with actions scaled to [-1, 1]; raises UserError if it is damaged or `env` is not its environment."""
-    observations, actions, rewards, next_observations, terminals, episode_ids = transitions
-    require(len(rewards), "the dataset has no transitions")
-    for array, space in ((observations, env.observation_space), (actions, env.action_space)):
-        shape = array.shape[1:]
-        require(shape == space.shape, f"observations or actions have shape {shape}, but {env.spec.id} has {space}")
-    finite = all(np.isfinite(array).all() for array in (observations, actions, next_observations))
-    require(finite, "the dataset has NaN or inf in observations or actions")
-    require(not np.isinf(rewards).any(), "the dataset has inf in rewards; only NaN is understood there: unlabelled")
-    low, high = env.action_space.low, env.action_space.high
-    require(np.isfinite([low, high]).all(), f"the actions of {env.spec.id} have no bounds: {env.action_space}")
-    actions = (actions - (high + low) / 2) / ((high - low) / 2)  # exactly the identity for bounds of -1 and 1
-    beyond = f"the dataset has actions beyond the bounds of {env.spec.id}, {low.tolist()} to {high.tolist()}"
-    require(np.abs(actions).max() <= 1 + 1e-5, beyond)
-    arrays = (observations, actions, rewards, next_observations, np.float32(terminals), episode_ids)
-    digest = hashlib.sha256(b"".join(hashlib.sha256(array).digest() for array in arrays))
-    return Dataset(*arrays, env.spec, low, high, ref_min, ref_max, digest.hexdigest())
+    steps = [(e.observations[:-1], e.actions, e.rewards, e.observations[1:], e.terminations) for e in dataset if len(e)]
+    require(steps, f"{dataset.id} has no transitions")
+    columns = (np.concatenate(column).astype(np.float32) for column in zip(*steps))
+    return *columns, np.repeat(np.arange(len(steps)), [len(actions) for _, actions, *_ in steps])
 
 
 # --- Seeds as a batch dimension ---
-
-Batch = namedtuple("Batch", "observations actions rewards next_observations terminals")  # tensors
-
-
 class BatchedLinear(nn.Module):
     """`num_models` linear layers side by side: (num_models, batch, in_dim) -> (num_models, batch, out_dim)."""
 
@@ -265,10 +246,7 @@ class BatchedLinear(nn.Module):
 
 
 class Network(nn.Module):
-    """Perceptrons with two hidden layers, `twins` for each seed: first every seed's first, then every seed's second.
-
-    Initialised as nn.Linear is, by each seed's own generator; `mean` and `std` normalise the observations.
-    """
+    """Perceptrons with two hidden layers, `twins` for each seed: first every seed's first, then every seed's second."""
 
     def __init__(self, generators: list, in_dim: int, hidden_dim: int, out_dim: int, twins=1, mean=0.0, std=1.0):
         super().__init__()
@@ -276,7 +254,7 @@ class Network(nn.Module):
         self.register_buffer("std", torch.zeros(len(generators), 1, 1) + std)
         shapes = (in_dim, hidden_dim), (hidden_dim, hidden_dim), (hidden_dim, out_dim)
         first, second, third = (BatchedLinear(twins * len(generators), *shape) for shape in shapes)
-        for layer in (first, second, third):
+        for layer in (first, second, third):  # initialised as nn.Linear is, by each seed's own generator
             bound = layer.weight.shape[1] ** -0.5
             for model, generator in enumerate(generators * twins):
                 nn.init.uniform_(layer.weight.data[model], -bound, bound, generator=generator)
@@ -289,10 +267,6 @@ class Network(nn.Module):
         return self.mlp(x) if twins == 1 else self.mlp(x.repeat(twins, 1, 1)).view(twins, *x.shape[:2], -1)
 
 
-def make_generators(seeds: range) -> list[torch.Generator]:
-    return [torch.Generator().manual_seed(seed) for seed in seeds]
-
-
 def gradient_step(optimizer: torch.optim.Adam, loss: torch.Tensor) -> torch.Tensor:
     """Step on the gradients of the optimizer's own parameters, and of no others; returns the loss, detached."""
     optimizer.zero_grad()
@@ -301,63 +275,39 @@ def gradient_step(optimizer: torch.optim.Adam, loss: torch.Tensor) -> torch.Tens
     return loss.detach()
 
 
-def sample(data: Batch, visible: torch.Tensor | None, size: tuple, generator: torch.Generator) -> Batch:
-    """Transitions drawn uniformly with replacement, `size` = (..., seeds, batch), by each seed from its `visible` rows.
-
-    `data` has rewards (seeds, N) and all else (N, ...); `visible` is (seeds, rows), or None for the whole dataset.
-    """
-    each_seed = torch.arange(size[-2], device=data.rewards.device)[:, None]
-    num_rows = len(data.terminals) if visible is None else visible.shape[1]
-    rows = torch.randint(num_rows, size, generator=generator, device=data.rewards.device)
-    rows = rows if visible is None else visible[each_seed, rows]
-    observations, actions, rewards, next_observations, terminals = data
-    return Batch(observations[rows], actions[rows], rewards[each_seed, rows], next_observations[rows], terminals[rows])
-
-
 # --- Reward model ---
-
-
 def split_labels(rewards: np.ndarray, label_fraction: float | None, seeds: range) -> np.ndarray:
-    """Indices of each seed's labelled transitions, (seeds, labels), drawn uniformly from the known rewards.
-
-    `label_fraction` None is 1% of a fully labelled dataset, and every label of one with NaN rewards. Raises UserError.
-    """
+    """Indices of each seed's labelled transitions, (seeds, labels), drawn uniformly from the known rewards."""
     known = np.flatnonzero(~np.isnan(rewards))
     require(len(known), "no transition is labelled: every reward is NaN")
     fraction = label_fraction or (0.01 if len(known) == len(rewards) else 1.0)
     num_labels = max(1, round(fraction * len(known)))
-    draws = [np.random.default_rng(seed).choice(known, num_labels, replace=False) for seed in seeds]
-    labels = np.sort(draws, axis=1)
-    varied = (np.ptp(rewards[labels], axis=1) > 0).all()
-    require(varied, f"the {num_labels} labelled rewards of a seed are all equal, which teaches nothing: label more")
+    labels = np.sort([np.random.default_rng(seed).choice(known, num_labels, replace=False) for seed in seeds], axis=1)
+    require(np.ptp(rewards[labels], axis=1).all(), f"a seed's {num_labels} labelled rewards are all equal: label more")
     return labels
 
 
 class RewardModel(Network):
     """f(s, a) of each seed, its input normalised with all observations: they are known, labelled or not."""
 
-    def __init__(self, dataset: Dataset, generators: list, hidden_dim: int):
+    def __init__(self, dataset: Dataset, seeds: range, hidden_dim: int):
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         std, mean = torch.std_mean(torch.from_numpy(dataset.observations), dim=0, correction=0)  # (obs_dim,)
         super().__init__(generators, len(mean) + dataset.actions.shape[1], hidden_dim, 1, mean=mean, std=std + 1e-3)
-
-    def forward(self, observations: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
-        return super().forward(observations, actions).squeeze(-1)
+        self.generators = generators  # for the order of the labelled transitions in each epoch
 
 
-def train_reward_model(
-    model: RewardModel, dataset: Dataset, labels: np.ndarray, generators: list, epochs: int, lr: float, batch_size: int
-) -> np.ndarray:
+def train_reward_model(model: RewardModel, dataset: Dataset, labels: np.ndarray, epochs: int, lr: float, batch: int):
     """Fit each seed's model to its labelled transitions (Eq. 4); returns the losses (epochs, seeds)."""
-    device = next(model.parameters()).device
+    device = model.mean.device
     optimizer = torch.optim.Adam(model.parameters(), lr=lr, fused=True)
-    columns = (dataset.observations, dataset.actions, dataset.rewards)
-    observations, actions, rewards = (torch.from_numpy(column[labels]).to(device) for column in columns)
+    observations, actions, rewards = (torch.from_numpy(column[labels]).to(device) for column in dataset[:3])
     each_seed = torch.arange(len(labels), device=device)[:, None]
     losses = torch.zeros(epochs, len(labels), device=device)
     for epoch in tqdm(range(epochs), "reward model", unit="epoch", leave=False, disable=None):
-        order = torch.stack([torch.randperm(labels.shape[1], generator=generator) for generator in generators])
-        for rows in order.to(device).split(batch_size, dim=1):  # (seeds, batch)
-            predicted = model(observations[each_seed, rows], actions[each_seed, rows])
+        order = torch.stack([torch.randperm(labels.shape[1], generator=generator) for generator in model.generators])
+        for rows in order.to(device).split(batch, dim=1):  # (seeds, batch)
+            predicted = model(observations[each_seed, rows], actions[each_seed, rows]).squeeze(-1)
             loss = (predicted - rewards[each_seed, rows]).square().mean(dim=1)  # Eq. 4, (seeds,)
             gradient_step(optimizer, loss.sum())
             losses[epoch] += loss.detach() * rows.shape[1] / labels.shape[1]
@@ -367,43 +317,45 @@ def train_reward_model(
 @torch.no_grad()
 def impute_rewards(model: RewardModel, dataset: Dataset, labels: np.ndarray) -> np.ndarray:
     """Each seed's rewards, (seeds, N): those labelled for it as they are, f(s, a) for all others (Eq. 5)."""
-    num_seeds, device = len(labels), next(model.parameters()).device
-    rewards = np.empty((num_seeds, len(dataset.rewards)), np.float32)
+    rewards = np.empty((len(labels), len(dataset.rewards)), np.float32)
     for start in range(0, len(dataset.rewards), 16384):  # in chunks: the hidden layers of all rows would be large
         rows = slice(start, start + 16384)
-        inputs = (torch.from_numpy(column[rows]).to(device) for column in (dataset.observations, dataset.actions))
-        rewards[:, rows] = model(*(column.expand(num_seeds, -1, -1) for column in inputs)).cpu()
+        inputs = (torch.from_numpy(column[rows]).to(model.mean.device) for column in dataset[:2])
+        rewards[:, rows] = model(*(column.expand(len(labels), -1, -1) for column in inputs)).squeeze(-1).cpu()
     np.put_along_axis(rewards, labels, dataset.rewards[labels], axis=1)
     return rewards
 
 
 def imputation_quality(imputed: np.ndarray, dataset: Dataset, labels: np.ndarray) -> dict[str, list] | None:
-    """How well each seed's imputed rewards (seeds, N) match the hidden ones; None where that cannot be known.
-
-    This report is the only use of a hidden reward: no agent sees any of it.
-    """
-    known = np.flatnonzero(~np.isnan(dataset.rewards))
-    hidden = np.stack([np.setdiff1d(known, rows) for rows in labels])  # (seeds, hidden)
+    """How well each seed's imputed rewards (seeds, N) match the hidden ones, which no agent sees; None if unknown."""
+    hidden = np.stack([np.setdiff1d(np.flatnonzero(~np.isnan(dataset.rewards)), rows) for rows in labels])
     if not hidden.size:
         return None
-    true = dataset.rewards[hidden]
+    true = dataset.rewards[hidden]  # (seeds, hidden)
     error = np.take_along_axis(imputed, hidden, axis=1) - true
     mse, mae = np.mean(error**2, axis=1), np.mean(np.abs(error), axis=1)
     with np.errstate(all="ignore"):  # no R2 of equal rewards, no correlation of partly unknown or equal returns
-        returns = [np.bincount(dataset.episode_ids, weights=rewards) for rewards in (dataset.rewards, *imputed)]
-        correlation = [np.corrcoef(returns[0], imputed_returns)[0, 1] for imputed_returns in returns[1:]]
+        correlation = np.corrcoef([np.bincount(dataset.episode_ids, r) for r in (dataset.rewards, *imputed)])[0, 1:]
         quality = {"r2": 1 - mse / np.var(true, axis=1), "mse": mse, "mae": mae, "return_correlation": correlation}
     return {name: [float(x) if np.isfinite(x) else None for x in values] for name, values in quality.items()}
 
 
 # --- IQL (Kostrikov et al. 2022) ---
-
+Batch = namedtuple("Batch", "observations actions rewards next_observations terminals")  # tensors
 Agent = namedtuple("Agent", "actor value critic critic_target actor_optimizer value_optimizer critic_optimizer")
 
 
-def make_agent(obs_dim: int, act_dim: int, seeds: range, learning_rate: float, device: torch.device) -> Agent:
+def sample(data: Batch, size: tuple, generator: torch.Generator) -> Batch:
+    """Transitions drawn uniformly with replacement, `size` = (..., seeds, batch), from `data`, (seeds, rows, ...)."""
+    each_seed = torch.arange(size[-2], device=data.rewards.device)[:, None]
+    rows = torch.randint(data.rewards.shape[1], size, generator=generator, device=data.rewards.device)
+    return Batch(*(tensor[each_seed, rows] for tensor in data))
+
+
+def make_agent(data: Batch, seeds: range, learning_rate: float) -> Agent:
     """Networks of all seeds; orthogonal weights of gain sqrt(2) and zero biases, model by model, as the original's."""
-    generators = make_generators(seeds)
+    obs_dim, act_dim, device = data.observations.shape[-1], data.actions.shape[-1], data.rewards.device
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     actor, value = Network(generators, obs_dim, 256, act_dim), Network(generators, obs_dim, 256, 1)
     actor.log_std = nn.Parameter(torch.zeros(len(seeds), 1, act_dim))  # does not depend on the observation
     critic = Network(generators, obs_dim + act_dim, 256, 1, twins=2)
@@ -414,15 +366,12 @@ def make_agent(obs_dim: int, act_dim: int, seeds: range, learning_rate: float, d
     networks = [network.to(device) for network in (actor, value, critic)]
     rates = torch.tensor(learning_rate, device=device), learning_rate, learning_rate  # the actor's follows a schedule
     optimizers = [torch.optim.Adam(net.parameters(), lr=rate, fused=True) for net, rate in zip(networks, rates)]
-    return Agent(*networks, deepcopy(critic), *optimizers)
+    return Agent(*networks, deepcopy(critic).requires_grad_(False), *optimizers)
 
 
 def reward_scale(rewards: np.ndarray, labels: np.ndarray, dataset: Dataset, labeled_only: bool) -> np.ndarray:
-    """1000 / (largest - smallest episode return), (seeds, 1), of the rewards (seeds, N) that each agent sees.
-
-    With `labeled_only` it sees no return; that of each labelled episode is estimated as the mean of its own labelled
-    rewards times its length. Raises UserError if all returns are equal.
-    """
+    """1000 / (largest - smallest episode return), (seeds, 1), of the rewards (seeds, N) that each agent sees."""
+    # With `labeled_only` an episode's return is estimated: the mean of its own labelled rewards times its length.
     scales, lengths = [], np.bincount(dataset.episode_ids)
     for seed_rewards, rows in zip(rewards, labels if labeled_only else [slice(None)] * len(rewards)):
         episodes, ids, counts = np.unique(dataset.episode_ids[rows], return_inverse=True, return_counts=True)
@@ -431,12 +380,6 @@ def reward_scale(rewards: np.ndarray, labels: np.ndarray, dataset: Dataset, labe
         require(spread > 1e-6 * np.abs(returns).max(), "all episode returns are equal: IQL cannot scale the rewards")
         scales.append(1000 / spread)
     return np.float32(scales)[:, None]
-
-
-def log_prob(actor: Network, observations: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
-    """Log-probability, (seeds, batch), of actions under the Gaussian with mean tanh(actor)."""
-    mean, log_std = actor(observations).tanh(), actor.log_std.clamp(-5, 2)
-    return (-0.5 * ((actions - mean) / log_std.exp()).square() - log_std - 0.5 * np.log(2 * np.pi)).sum(dim=-1)
 
 
 def value_loss(agent: Agent, batch: Batch, q: torch.Tensor, args: Args) -> torch.Tensor:
@@ -449,24 +392,21 @@ def actor_loss(agent: Agent, batch: Batch, q: torch.Tensor, args: Args) -> torch
     with torch.no_grad():
         advantage = (q - agent.value(batch.observations)).squeeze(-1)  # (seeds, batch)
         weight = (args.temperature * advantage).exp().clamp(max=100)
-    return -(weight * log_prob(agent.actor, batch.observations, batch.actions)).mean(dim=-1).sum()
+    mean, log_std = agent.actor(batch.observations).tanh(), agent.actor.log_std.clamp(-5, 2)  # of a Gaussian policy
+    log_prob = -0.5 * ((batch.actions - mean) / log_std.exp()).square() - log_std - 0.5 * np.log(2 * np.pi)
+    return -(weight * log_prob.sum(dim=-1)).mean(dim=-1).sum()
 
 
 def critic_loss(agent: Agent, batch: Batch, args: Args) -> torch.Tensor:
     with torch.no_grad():
-        next_v = agent.value(batch.next_observations).squeeze(-1)  # (seeds, batch)
-        target_q = batch.rewards + args.gamma * (1 - batch.terminals) * next_v
+        target_q = batch.rewards + args.gamma * (1 - batch.terminals) * agent.value(batch.next_observations).squeeze(-1)
     q = agent.critic(batch.observations, batch.actions, twins=2).squeeze(-1)  # (2, seeds, batch)
     return (q - target_q).square().mean(dim=-1).sum()  # mean over the batch, sum over twins and seeds
 
 
 def update(agent: Agent, batch: Batch, args: Args) -> dict[str, torch.Tensor]:
-    """V, actor, Q, target, in this order: the advantage and Q's target use the updated V, the advantage the target Q.
-
-    Returns losses, summed over seeds.
-    """
-    with torch.no_grad():
-        q = agent.critic_target(batch.observations, batch.actions, twins=2).amin(dim=0)  # (seeds, batch, 1)
+    """V, actor, Q, target, in this order: the advantage and Q's target use the updated V; losses summed over seeds."""
+    q = agent.critic_target(batch.observations, batch.actions, twins=2).amin(dim=0)  # (seeds, batch, 1), no gradient
     v_loss = gradient_step(agent.value_optimizer, value_loss(agent, batch, q, args))
     pi_loss = gradient_step(agent.actor_optimizer, actor_loss(agent, batch, q, args))
     q_loss = gradient_step(agent.critic_optimizer, critic_loss(agent, batch, args))
@@ -475,15 +415,7 @@ def update(agent: Agent, batch: Batch, args: Args) -> dict[str, torch.Tensor]:
     return {"losses/value_loss": v_loss, "losses/actor_loss": pi_loss, "losses/critic_loss": q_loss}
 
 
-def set_learning_rate(agent: Agent, num_updates: int, args: Args) -> None:
-    """Cosine from the actor's learning rate at update 0 to 0 at the end of the run."""
-    cosine = 0.5 * (1 + np.cos(np.pi * num_updates / args.num_updates))
-    agent.actor_optimizer.param_groups[0]["lr"].fill_(args.learning_rate * cosine)
-
-
 # --- Evaluation ---
-
-
 class Policy(dict):
     """One seed's actor in numpy: an observation (obs_dim,) -> an action (act_dim,) within the environment's bounds."""
 
@@ -500,8 +432,7 @@ def make_policies(actor: nn.Module, dataset: Dataset) -> list[Policy]:
     for i, layer in enumerate(actor.mlp[::2]):
         arrays |= {f"w{i}": layer.weight, f"b{i}": layer.bias[:, 0]}
     arrays = {name: tensor.to("cpu", copy=True).numpy() for name, tensor in arrays.items()}
-    bounds = {"low": dataset.action_low, "high": dataset.action_high}
-    return [Policy(zip(arrays, each_seed), **bounds) for each_seed in zip(*arrays.values())]
+    return [Policy(zip(arrays, row), low=dataset.action_low, high=dataset.action_high) for row in zip(*arrays.values())]
 
 
 def run_episode(policy: Policy, env_spec: gym.envs.registration.EnvSpec, seed: int) -> float:
@@ -528,43 +459,37 @@ class Evaluator:
     """Runs evaluation episodes, in worker processes while training goes on or (0 workers) in this one; keeps scores."""
 
     def __init__(self, dataset: Dataset, seeds: range, episode_seeds: range, workers: int, scores: list):
-        self.dataset, self.seeds, self.episode_seeds, self.pool = dataset, seeds, episode_seeds, None
-        self.scores, self.pending = scores, None  # rows of update, seed, return, score; update under evaluation
-        if workers:
-            spawn = multiprocessing.get_context("spawn")
-            self.pool = ProcessPoolExecutor(workers, mp_context=spawn, initializer=init_worker)
+        self.dataset, self.seeds, self.episode_seeds, self.scores, self.jobs = dataset, seeds, episode_seeds, scores, []
+        self.pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), init_worker) if workers else None
 
     def start(self, num_updates: int, policies: list[Policy]) -> None:
-        self.pending, self.futures = num_updates, []
+        self.num_updates, self.futures = num_updates, []
         self.jobs = [(policy, self.dataset.env_spec, seed) for policy in policies for seed in self.episode_seeds]
         with suppress(BrokenExecutor):
             self.futures = [self.pool.submit(run_episode, *job) for job in self.jobs] if self.pool else []
 
     def finish(self, run_dir: Path, log) -> None:
         """Wait for the evaluation under way, if there is one; write, log and show its scores."""
-        if self.pending is None:
+        if not self.jobs:
             return
-        num_updates, self.pending, returns = self.pending, None, []
+        jobs, self.jobs, returns = self.jobs, [], []
         with suppress(BrokenExecutor):
             returns = [future.result() for future in self.futures]
         if self.pool and not returns:
             tqdm.write("warning: an evaluation worker died; evaluation goes on in this process", file=sys.stderr)
             self.pool = None
-        returns = np.reshape(returns or [run_episode(*job) for job in self.jobs], (len(self.seeds), -1)).mean(axis=1)
+        returns = np.reshape(returns or [run_episode(*job) for job in jobs], (len(self.seeds), -1)).mean(axis=1)
         scores = 100 * (returns - self.dataset.ref_min) / (self.dataset.ref_max - self.dataset.ref_min)
-        self.scores += [[num_updates, *row] for row in zip(self.seeds, returns.tolist(), scores.tolist())]
-        columns = "update,seed,return,score"
-        np.savetxt(file := io.BytesIO(), self.scores, "%d,%d,%.17g,%.17g", header=columns, comments="")
-        write_file(run_dir / "scores.csv", file.getvalue())
+        self.scores += [[self.num_updates, *row] for row in zip(self.seeds, returns.tolist(), scores.tolist())]
+        lines = ["update,seed,return,score", *(",".join(map(str, row)) for row in self.scores)]
+        write_file(run_dir / "scores.csv", ("\n".join(lines) + "\n").encode())
         metric, values = ("return", returns) if np.isnan(scores).any() else ("score", scores)  # NaN: no references
-        tqdm.write(f"update {num_updates:>9,}   {metric} {values.mean():.1f} ± {values.std():.1f}")
-        each_seed = {f"charts/{metric}_seed{seed}": value for seed, value in zip(self.seeds, values.tolist())}
-        log({"update": num_updates, "charts/return": returns.mean(), f"charts/{metric}": values.mean()} | each_seed)
+        tqdm.write(f"update {self.num_updates:>9,}   {metric} {values.mean():.1f} ± {values.std():.1f}")
+        means = {"update": self.num_updates, "charts/return": returns.mean(), f"charts/{metric}": values.mean()}
+        log(means | {f"charts/{metric}_seed{seed}": value for seed, value in zip(self.seeds, values.tolist())})
 
 
 # --- Run directory ---
-
-
 def write_file(path: Path, content: bytes) -> None:
     """Write beside, flush to disk, rename: whoever reads `path` finds the old content or the new, never a part."""
     temporary = path.with_name(path.name + ".tmp")
@@ -581,8 +506,7 @@ def write_file(path: Path, content: bytes) -> None:
 def load_checkpoint(run_dir: Path, resume: bool, config: dict) -> dict | None:
     """The state to go on from, None for a run that starts; raises UserError if `run_dir` holds another run."""
     path, free = run_dir / "checkpoint.pt", ("resume", "run_dir", "eval_workers", "track", "log_freq", "save_policy")
-    held = (run_dir / "config.json").exists()
-    require(resume or not held, f"{run_dir} already holds a run: go on with --resume or choose another --run-dir")
+    require(resume or not (run_dir / "config.json").exists(), f"{run_dir} already holds a run: --resume or use another")
     if not path.exists():
         return None
     try:
@@ -596,23 +520,15 @@ def load_checkpoint(run_dir: Path, resume: bool, config: dict) -> dict | None:
 
 
 # --- The experiment ---
-
-
-def check_args(args: Args) -> None:
-    """Raise UserError for values that no run can have."""
+def main(args: Args) -> None:
     for name, value in vars(args).items():
         least = 1 if type(value) is int and name not in ("seed", "eval_seed", "eval_workers") else 0
-        fine = type(value) not in (int, float) or least <= value < np.inf
+        most = 1 if name in ("gamma", "tau", "label_fraction") else sys.float_info.max
+        fine = type(value) not in (int, float) or least <= value <= most
         require(fine, f"--{name.replace('_', '-')} cannot be {value}")
-    fraction = 1 if args.label_fraction is None else args.label_fraction
-    require(0 < fraction <= 1, "--label-fraction must be above 0 and at most 1")
-    require(args.gamma <= 1 and args.tau <= 1, "--gamma and --tau must be at most 1")
+    require(args.label_fraction != 0, "--label-fraction must be above 0")
     require(args.run_dir or not args.resume, "--resume needs the --run-dir to go on from")
     require(args.device != "cuda" or torch.cuda.is_available(), "--device cuda: there is no usable GPU here")
-
-
-def main(args: Args) -> None:
-    check_args(args)
     config = json.loads(json.dumps(vars(args), default=str))
     name = f"{args.env_id.replace('/', '-')}__{Path(__file__).stem}__{args.rewards}__{args.seed}__{int(time.time())}"
     run_dir = args.run_dir or Path("runs") / name
@@ -635,8 +551,7 @@ def main(args: Args) -> None:
     except BlockingIOError as error:
         raise UserError(f"{run_dir} is in use by another process") from error
     write_file(run_dir / "config.json", json.dumps(config, indent=2).encode())
-    num_episodes = dataset.episode_ids[-1] + 1
-    print(f"dataset       {args.env_id}: {len(dataset.rewards):,} transitions, {num_episodes:,} episodes")
+    print(f"dataset       {args.env_id}: {len(dataset.rewards):,} rows, {dataset.episode_ids[-1] + 1:,} episodes")
     print(f"rewards       {args.rewards}, {labels.shape[1]:,} labelled for each of {len(seeds)} seeds; {device_name}")
     start = time.perf_counter()
 
@@ -645,11 +560,10 @@ def main(args: Args) -> None:
     rewards = np.tile(dataset.rewards if oracle else np.zeros_like(dataset.rewards), (len(seeds), 1))  # (seeds, N)
     np.put_along_axis(rewards, labels, dataset.rewards[labels], axis=1)
     if args.rewards == "imputed":
-        generators = make_generators(seeds)
-        model = RewardModel(dataset, generators, args.reward_hidden_dim).to(device)
+        model = RewardModel(dataset, seeds, args.reward_hidden_dim).to(device)
         if state is None:
             settings = args.reward_epochs, args.reward_learning_rate, args.reward_batch_size
-            train_reward_model(model, dataset, labels, generators, *settings)
+            train_reward_model(model, dataset, labels, *settings)
         else:
             model.load_state_dict(state["reward_model"])
         rewards = impute_rewards(model, dataset, labels)
@@ -658,14 +572,14 @@ def main(args: Args) -> None:
         print(f"reward model  {', '.join(means) or 'unknown quality'} on the hidden rewards")
     fitted = time.perf_counter()
 
-    # The agent, and the transitions it draws from: all of them, or its labelled ones alone.
+    # The agent, and the transitions it draws from, (seeds, rows, ...): all of them, or its labelled ones alone.
+    columns = dataset._replace(actions=dataset.actions.clip(-1 + 1e-5, 1 - 1e-5))[:5]
+    data = Batch(*(torch.from_numpy(column).to(device).expand(len(seeds), *column.shape) for column in columns))
     rewards *= reward_scale(rewards, labels, dataset, args.rewards == "labeled")
-    actions = dataset.actions.clip(-1 + 1e-5, 1 - 1e-5)
-    columns = (dataset.observations, actions, rewards, dataset.next_observations, dataset.terminals)
-    data = Batch(*(torch.from_numpy(column).to(device) for column in columns))
-    visible = torch.from_numpy(labels).to(device) if args.rewards == "labeled" else None
-    dims = dataset.observations.shape[1], dataset.actions.shape[1]
-    agent = make_agent(*dims, seeds, args.learning_rate, device)
+    data = data._replace(rewards=torch.from_numpy(rewards).to(device))
+    if args.rewards == "labeled":
+        data = Batch(*(tensor[torch.arange(len(seeds))[:, None], torch.from_numpy(labels)] for tensor in data))
+    agent = make_agent(data, seeds, args.learning_rate)
     generator = torch.Generator(device).manual_seed(args.seed)
     num_updates, scores, track_id, log = 0, [], None, lambda metrics: None
     if state is not None:
@@ -705,8 +619,9 @@ def main(args: Args) -> None:
             evaluator.finish(run_dir, log)
         if num_updates == args.num_updates:
             break
-        batch = sample(data, visible, (len(seeds), args.batch_size), generator)
-        set_learning_rate(agent, num_updates, args)
+        batch = sample(data, (len(seeds), args.batch_size), generator)
+        cosine = 0.5 * (1 + np.cos(np.pi * num_updates / args.num_updates))  # from 1 at the start to 0 at the end
+        agent.actor_optimizer.param_groups[0]["lr"].fill_(args.learning_rate * cosine)
         losses = update(agent, batch, args)
         num_updates += 1
         progress.update(1)
@@ -723,14 +638,10 @@ def main(args: Args) -> None:
     commit = os.popen(f"git -C {shlex.quote(str(Path(__file__).parent))} rev-parse HEAD 2>{os.devnull}").read().strip()
     metric, column = ("return", 2) if np.isnan(scores[-1][3]) else ("score", 3)
     table = np.array(scores)[:, column].reshape(-1, len(seeds))  # (evaluations, seeds)
-    last, last_10 = (
-        table[-1],
-        table[-10:].mean(axis=0),
-    )  # the last evaluation and the mean of the last ten, never the best
+    last, last_10 = table[-1], table[-10:].mean(axis=0)  # never the best
     result = {"metric": metric, "mean": last.mean(), "std": last.std(), "per_seed": last.tolist()}
-    result |= {"last_10_mean": last_10.mean(), "last_10_std": last_10.std()}
-    result |= {"num_updates": num_updates, "eval_episodes": args.eval_episodes}
-    result |= {"reward_model": quality, "device": device_name, "commit": commit or None}
+    result |= {"last_10_mean": last_10.mean(), "last_10_std": last_10.std(), "eval_episodes": args.eval_episodes}
+    result |= {"num_updates": num_updates, "reward_model": quality, "device": device_name, "commit": commit or None}
     result |= {"versions": {module.__name__: module.__version__ for module in (torch, np, gym, mujoco, minari)}}
     result |= {"timing": seconds | {"updates_per_second": num_updates / seconds["training"]}}
     write_file(run_dir / "result.json", json.dumps(result, indent=2).encode())

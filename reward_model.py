@@ -75,7 +75,6 @@ def require(condition, message: str) -> None:
 
 
 # --- Dataset ---
-
 BUNDLED = "halfcheetah-medium-replay-mini"  # self-collected, not D4RL: tests/data/README.md
 SHA256 = {
     BUNDLED: "5ebac26957e14a6220d6f69990b73c41f2cc995b577b2d0bf49723c2c85d688b",
@@ -130,14 +129,27 @@ def load_dataset(env_id: str, dataset_path: Path | None = None, eval_env_id: str
         near = difflib.get_close_matches(env_id, [*SHA256, *minari.list_local_datasets()], cutoff=0)
         raise UserError(f"unknown --env-id {env_id}; nearest: {', '.join(near)}; remote Minari ids have a slash")
     env = make_env(eval_env_id or source)
-    for space in (env.observation_space, env.action_space):
-        vector = isinstance(space, gym.spaces.Box) and len(space.shape) == 1
-        require(vector, f"{env.spec.id}: observations and actions must be continuous vectors (1-D Box), not {space}")
+    spaces = (env.observation_space, env.action_space)
+    vectors = all(isinstance(space, gym.spaces.Box) and len(space.shape) == 1 for space in spaces)
+    require(vectors, f"{env.spec.id}: observations and actions must be continuous vectors (1-D Box), not {spaces}")
     if dataset_path:
-        transitions = read_hdf5(dataset_path)
+        columns = read_hdf5(dataset_path)
     else:
-        transitions = read_hdf5(find_file(env_id), SHA256[env_id]) if env_id in SHA256 else read_minari(source)
-    return checked_dataset(transitions, env, ref_min, ref_max)
+        columns = read_hdf5(find_file(env_id), SHA256[env_id]) if env_id in SHA256 else read_minari(source)
+    observations, actions, rewards, next_observations, terminals, episode_ids = columns
+    require(len(rewards), "the dataset has no transitions")
+    shapes = (observations.shape[1:], actions.shape[1:])
+    require(shapes == (spaces[0].shape, spaces[1].shape), f"the dataset has shapes {shapes}; {env.spec.id}: {spaces}")
+    finite = all(np.isfinite(array).all() for array in (observations, actions, next_observations))
+    require(finite, "the dataset has NaN or inf in observations or actions")
+    require(not np.isinf(rewards).any(), "the dataset has inf in rewards; only NaN is understood there: unlabelled")
+    low, high = env.action_space.low, env.action_space.high
+    require(np.isfinite([low, high]).all(), f"the actions of {env.spec.id} have no bounds: {env.action_space}")
+    actions = (actions - (high + low) / 2) / ((high - low) / 2)  # exactly the identity for bounds of -1 and 1
+    require(np.abs(actions).max() <= 1 + 1e-5, f"actions beyond the bounds of {env.spec.id}: {env.action_space}")
+    arrays = (observations, actions, rewards, next_observations, np.float32(terminals), episode_ids)
+    digest = hashlib.sha256(b"".join(hashlib.sha256(array).digest() for array in arrays))
+    return Dataset(*arrays, env.spec, low, high, ref_min, ref_max, digest.hexdigest())
 
 
 def make_env(source: str | gym.envs.registration.EnvSpec | minari.MinariDataset) -> gym.Env:
@@ -173,11 +185,7 @@ def find_file(env_id: str) -> Path:
 
 
 def read_hdf5(path: Path, expected_sha256: str | None = None) -> tuple[np.ndarray, ...]:
-    """The first six fields of Dataset from a D4RL-schema HDF5 file, by the rule of d4rl.qlearning_dataset.
-
-    The next observation is the next row's; rows marked as timeouts, and the last row, have none and are dropped. On a
-    terminal row it belongs to another episode: mask it by `terminals`.
-    """
+    """The first six fields of Dataset from a D4RL-schema HDF5 file, by the rule of d4rl.qlearning_dataset."""
     keys = ("observations", "actions", "rewards", "terminals", "timeouts")
     with open(path, "rb") as file:  # hashed and read through one handle, so that no other bytes slip in between
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
@@ -189,9 +197,9 @@ def read_hdf5(path: Path, expected_sha256: str | None = None) -> tuple[np.ndarra
             raise UserError(f"{path} is no readable HDF5 file with {', '.join(keys)}: {error}") from error
     rewards, terminals, timeouts = (column.reshape(-1) for column in flat)  # replay files have rewards (rows, 1)
     shapes = [column.shape for column in (observations, actions, rewards, terminals, timeouts)]
-    fit = [len(shape) for shape in shapes] == [2, 2, 1, 1, 1] and len({shape[0] for shape in shapes}) == 1
-    require(fit, f"{path} has arrays of different lengths or wrong shapes: {dict(zip(keys, shapes))}")
+    require(len({shape[:1] for shape in shapes}) == 1, f"{path} has different lengths or wrong shapes: {shapes}")
     require(np.isfinite([terminals, timeouts]).all(), f"{path} has NaN or inf in terminals or timeouts")
+    # Timeouts and the last row have no next observation: dropped. A terminal row's is another episode's: mask it.
     rows, ends = np.flatnonzero(timeouts[:-1] == 0), (terminals != 0) | (timeouts != 0)
     _, episode_ids = np.unique((np.cumsum(ends) - ends)[rows], return_inverse=True)  # no hole where all rows dropped
     return observations[rows], actions[rows], rewards[rows], observations[rows + 1], terminals[rows] != 0, episode_ids
@@ -199,38 +207,13 @@ def read_hdf5(path: Path, expected_sha256: str | None = None) -> tuple[np.ndarra
 
 def read_minari(dataset: minari.MinariDataset) -> tuple[np.ndarray, ...]:
     """The first six fields of Dataset; an episode has T + 1 observations, so no step is dropped."""
-    episodes = [
-        (e.observations[:-1], e.actions, e.rewards, e.observations[1:], e.terminations, np.full(len(e.actions), i))
-        for i, e in enumerate(dataset.iterate_episodes())
-    ]
-    require(episodes, f"{dataset.id} has no episodes")
-    *columns, episode_ids = (np.concatenate(column) for column in zip(*episodes))
-    return *(column.astype(np.float32) for column in columns), np.unique(episode_ids, return_inverse=True)[1]
-
-
-def checked_dataset(transitions: tuple, env: gym.Env, ref_min: float, ref_max: float) -> Dataset:
-    """A Dataset with actions scaled to [-1, 1]; raises UserError if it is damaged or `env` is not its environment."""
-    observations, actions, rewards, next_observations, terminals, episode_ids = transitions
-    require(len(rewards), "the dataset has no transitions")
-    for array, space in ((observations, env.observation_space), (actions, env.action_space)):
-        shape = array.shape[1:]
-        require(shape == space.shape, f"observations or actions have shape {shape}, but {env.spec.id} has {space}")
-    finite = all(np.isfinite(array).all() for array in (observations, actions, next_observations))
-    require(finite, "the dataset has NaN or inf in observations or actions")
-    require(not np.isinf(rewards).any(), "the dataset has inf in rewards; only NaN is understood there: unlabelled")
-    low, high = env.action_space.low, env.action_space.high
-    require(np.isfinite([low, high]).all(), f"the actions of {env.spec.id} have no bounds: {env.action_space}")
-    actions = (actions - (high + low) / 2) / ((high - low) / 2)  # exactly the identity for bounds of -1 and 1
-    beyond = f"the dataset has actions beyond the bounds of {env.spec.id}, {low.tolist()} to {high.tolist()}"
-    require(np.abs(actions).max() <= 1 + 1e-5, beyond)
-    arrays = (observations, actions, rewards, next_observations, np.float32(terminals), episode_ids)
-    digest = hashlib.sha256(b"".join(hashlib.sha256(array).digest() for array in arrays))
-    return Dataset(*arrays, env.spec, low, high, ref_min, ref_max, digest.hexdigest())
+    steps = [(e.observations[:-1], e.actions, e.rewards, e.observations[1:], e.terminations) for e in dataset if len(e)]
+    require(steps, f"{dataset.id} has no transitions")
+    columns = (np.concatenate(column).astype(np.float32) for column in zip(*steps))
+    return *columns, np.repeat(np.arange(len(steps)), [len(actions) for _, actions, *_ in steps])
 
 
 # --- Seeds as a batch dimension ---
-
-
 class BatchedLinear(nn.Module):
     """`num_models` linear layers side by side: (num_models, batch, in_dim) -> (num_models, batch, out_dim)."""
 
@@ -246,10 +229,7 @@ class BatchedLinear(nn.Module):
 
 
 class Network(nn.Module):
-    """Perceptrons with two hidden layers, `twins` for each seed: first every seed's first, then every seed's second.
-
-    Initialised as nn.Linear is, by each seed's own generator; `mean` and `std` normalise the observations.
-    """
+    """Perceptrons with two hidden layers, `twins` for each seed: first every seed's first, then every seed's second."""
 
     def __init__(self, generators: list, in_dim: int, hidden_dim: int, out_dim: int, twins=1, mean=0.0, std=1.0):
         super().__init__()
@@ -257,7 +237,7 @@ class Network(nn.Module):
         self.register_buffer("std", torch.zeros(len(generators), 1, 1) + std)
         shapes = (in_dim, hidden_dim), (hidden_dim, hidden_dim), (hidden_dim, out_dim)
         first, second, third = (BatchedLinear(twins * len(generators), *shape) for shape in shapes)
-        for layer in (first, second, third):
+        for layer in (first, second, third):  # initialised as nn.Linear is, by each seed's own generator
             bound = layer.weight.shape[1] ** -0.5
             for model, generator in enumerate(generators * twins):
                 nn.init.uniform_(layer.weight.data[model], -bound, bound, generator=generator)
@@ -270,10 +250,6 @@ class Network(nn.Module):
         return self.mlp(x) if twins == 1 else self.mlp(x.repeat(twins, 1, 1)).view(twins, *x.shape[:2], -1)
 
 
-def make_generators(seeds: range) -> list[torch.Generator]:
-    return [torch.Generator().manual_seed(seed) for seed in seeds]
-
-
 def gradient_step(optimizer: torch.optim.Adam, loss: torch.Tensor) -> torch.Tensor:
     """Step on the gradients of the optimizer's own parameters, and of no others; returns the loss, detached."""
     optimizer.zero_grad()
@@ -283,49 +259,38 @@ def gradient_step(optimizer: torch.optim.Adam, loss: torch.Tensor) -> torch.Tens
 
 
 # --- Reward model ---
-
-
 def split_labels(rewards: np.ndarray, label_fraction: float | None, seeds: range) -> np.ndarray:
-    """Indices of each seed's labelled transitions, (seeds, labels), drawn uniformly from the known rewards.
-
-    `label_fraction` None is 1% of a fully labelled dataset, and every label of one with NaN rewards. Raises UserError.
-    """
+    """Indices of each seed's labelled transitions, (seeds, labels), drawn uniformly from the known rewards."""
     known = np.flatnonzero(~np.isnan(rewards))
     require(len(known), "no transition is labelled: every reward is NaN")
     fraction = label_fraction or (0.01 if len(known) == len(rewards) else 1.0)
     num_labels = max(1, round(fraction * len(known)))
-    draws = [np.random.default_rng(seed).choice(known, num_labels, replace=False) for seed in seeds]
-    labels = np.sort(draws, axis=1)
-    varied = (np.ptp(rewards[labels], axis=1) > 0).all()
-    require(varied, f"the {num_labels} labelled rewards of a seed are all equal, which teaches nothing: label more")
+    labels = np.sort([np.random.default_rng(seed).choice(known, num_labels, replace=False) for seed in seeds], axis=1)
+    require(np.ptp(rewards[labels], axis=1).all(), f"a seed's {num_labels} labelled rewards are all equal: label more")
     return labels
 
 
 class RewardModel(Network):
     """f(s, a) of each seed, its input normalised with all observations: they are known, labelled or not."""
 
-    def __init__(self, dataset: Dataset, generators: list, hidden_dim: int):
+    def __init__(self, dataset: Dataset, seeds: range, hidden_dim: int):
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         std, mean = torch.std_mean(torch.from_numpy(dataset.observations), dim=0, correction=0)  # (obs_dim,)
         super().__init__(generators, len(mean) + dataset.actions.shape[1], hidden_dim, 1, mean=mean, std=std + 1e-3)
-
-    def forward(self, observations: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
-        return super().forward(observations, actions).squeeze(-1)
+        self.generators = generators  # for the order of the labelled transitions in each epoch
 
 
-def train_reward_model(
-    model: RewardModel, dataset: Dataset, labels: np.ndarray, generators: list, epochs: int, lr: float, batch_size: int
-) -> np.ndarray:
+def train_reward_model(model: RewardModel, dataset: Dataset, labels: np.ndarray, epochs: int, lr: float, batch: int):
     """Fit each seed's model to its labelled transitions (Eq. 4); returns the losses (epochs, seeds)."""
-    device = next(model.parameters()).device
+    device = model.mean.device
     optimizer = torch.optim.Adam(model.parameters(), lr=lr, fused=True)
-    columns = (dataset.observations, dataset.actions, dataset.rewards)
-    observations, actions, rewards = (torch.from_numpy(column[labels]).to(device) for column in columns)
+    observations, actions, rewards = (torch.from_numpy(column[labels]).to(device) for column in dataset[:3])
     each_seed = torch.arange(len(labels), device=device)[:, None]
     losses = torch.zeros(epochs, len(labels), device=device)
     for epoch in tqdm(range(epochs), "reward model", unit="epoch", leave=False, disable=None):
-        order = torch.stack([torch.randperm(labels.shape[1], generator=generator) for generator in generators])
-        for rows in order.to(device).split(batch_size, dim=1):  # (seeds, batch)
-            predicted = model(observations[each_seed, rows], actions[each_seed, rows])
+        order = torch.stack([torch.randperm(labels.shape[1], generator=generator) for generator in model.generators])
+        for rows in order.to(device).split(batch, dim=1):  # (seeds, batch)
+            predicted = model(observations[each_seed, rows], actions[each_seed, rows]).squeeze(-1)
             loss = (predicted - rewards[each_seed, rows]).square().mean(dim=1)  # Eq. 4, (seeds,)
             gradient_step(optimizer, loss.sum())
             losses[epoch] += loss.detach() * rows.shape[1] / labels.shape[1]
@@ -335,31 +300,25 @@ def train_reward_model(
 @torch.no_grad()
 def impute_rewards(model: RewardModel, dataset: Dataset, labels: np.ndarray) -> np.ndarray:
     """Each seed's rewards, (seeds, N): those labelled for it as they are, f(s, a) for all others (Eq. 5)."""
-    num_seeds, device = len(labels), next(model.parameters()).device
-    rewards = np.empty((num_seeds, len(dataset.rewards)), np.float32)
+    rewards = np.empty((len(labels), len(dataset.rewards)), np.float32)
     for start in range(0, len(dataset.rewards), 16384):  # in chunks: the hidden layers of all rows would be large
         rows = slice(start, start + 16384)
-        inputs = (torch.from_numpy(column[rows]).to(device) for column in (dataset.observations, dataset.actions))
-        rewards[:, rows] = model(*(column.expand(num_seeds, -1, -1) for column in inputs)).cpu()
+        inputs = (torch.from_numpy(column[rows]).to(model.mean.device) for column in dataset[:2])
+        rewards[:, rows] = model(*(column.expand(len(labels), -1, -1) for column in inputs)).squeeze(-1).cpu()
     np.put_along_axis(rewards, labels, dataset.rewards[labels], axis=1)
     return rewards
 
 
 def imputation_quality(imputed: np.ndarray, dataset: Dataset, labels: np.ndarray) -> dict[str, list] | None:
-    """How well each seed's imputed rewards (seeds, N) match the hidden ones; None where that cannot be known.
-
-    This report is the only use of a hidden reward: no agent sees any of it.
-    """
-    known = np.flatnonzero(~np.isnan(dataset.rewards))
-    hidden = np.stack([np.setdiff1d(known, rows) for rows in labels])  # (seeds, hidden)
+    """How well each seed's imputed rewards (seeds, N) match the hidden ones, which no agent sees; None if unknown."""
+    hidden = np.stack([np.setdiff1d(np.flatnonzero(~np.isnan(dataset.rewards)), rows) for rows in labels])
     if not hidden.size:
         return None
-    true = dataset.rewards[hidden]
+    true = dataset.rewards[hidden]  # (seeds, hidden)
     error = np.take_along_axis(imputed, hidden, axis=1) - true
     mse, mae = np.mean(error**2, axis=1), np.mean(np.abs(error), axis=1)
     with np.errstate(all="ignore"):  # no R2 of equal rewards, no correlation of partly unknown or equal returns
-        returns = [np.bincount(dataset.episode_ids, weights=rewards) for rewards in (dataset.rewards, *imputed)]
-        correlation = [np.corrcoef(returns[0], imputed_returns)[0, 1] for imputed_returns in returns[1:]]
+        correlation = np.corrcoef([np.bincount(dataset.episode_ids, r) for r in (dataset.rewards, *imputed)])[0, 1:]
         quality = {"r2": 1 - mse / np.var(true, axis=1), "mse": mse, "mae": mae, "return_correlation": correlation}
     return {name: [float(x) if np.isfinite(x) else None for x in values] for name, values in quality.items()}
 
@@ -378,14 +337,11 @@ def write_file(path: Path, content: bytes) -> None:
 
 
 # --- Report ---
-
-
 def fit(dataset: Dataset, labels: np.ndarray, seeds: range, args: Args, device: torch.device) -> tuple:
     """Each seed's fitted model, its rewards (seeds, N), its MSE on the labels (seeds,), its losses (epochs, seeds)."""
-    generators = make_generators(seeds)
-    model = RewardModel(dataset, generators, args.reward_hidden_dim).to(device)
+    model = RewardModel(dataset, seeds, args.reward_hidden_dim).to(device)
     settings = args.reward_epochs, args.reward_learning_rate, args.reward_batch_size
-    losses = train_reward_model(model, dataset, labels, generators, *settings)
+    losses = train_reward_model(model, dataset, labels, *settings)
     rewards = impute_rewards(model, dataset, labels[:, :0])  # predicted for the labelled ones too, at first
     true = np.stack([dataset.rewards[rows] for rows in labels])
     train_mse = np.square(np.take_along_axis(rewards, labels, axis=1) - true).mean(axis=1)
@@ -497,8 +453,6 @@ def sweep(dataset: Dataset, seeds: range, args: Args, device: torch.device, run_
 
 
 # --- Imputed dataset ---
-
-
 def write_hdf5(
     source: Path, target: Path, model, dataset: Dataset, labels: np.ndarray, rewards: np.ndarray, notes: dict
 ):
@@ -581,8 +535,6 @@ def write_minari(args: Args, dataset: Dataset, labels: np.ndarray, rewards: np.n
 
 
 # --- The report, the model and the dataset ---
-
-
 def check_settings(args: Args) -> None:
     """Raise UserError for values that no run can have, before anything is fitted."""
     for name, value in vars(args).items():

@@ -30,10 +30,9 @@ def own_file(path="own.hdf5", num_rows=400, **columns):
 
 
 def fitted(dataset, labels, seeds=SEEDS, epochs=5, batch_size=8):
-    generators = script.make_generators(seeds)
-    model = script.RewardModel(dataset, generators, 256)
+    model = script.RewardModel(dataset, seeds, 256)
     before = [parameter.detach().clone() for parameter in model.parameters()]
-    losses = script.train_reward_model(model, dataset, labels, generators, epochs, 1e-3, batch_size)
+    losses = script.train_reward_model(model, dataset, labels, epochs, 1e-3, batch_size)
     return model, before, losses
 
 
@@ -170,9 +169,9 @@ def test_the_saved_model_needs_numpy_alone(dataset):
 def agent_sees(agent, dataset, num_seeds):
     """The rewards that the first seed's agent would impute, with the settings of `run`."""
     seeds = range(num_seeds)
-    labels, generators = agent.split_labels(dataset.rewards, 0.1, seeds), agent.make_generators(seeds)
-    model = agent.RewardModel(dataset, generators, 256)
-    agent.train_reward_model(model, dataset, labels, generators, 5, 1e-4, 64)
+    labels = agent.split_labels(dataset.rewards, 0.1, seeds)
+    model = agent.RewardModel(dataset, seeds, 256)
+    agent.train_reward_model(model, dataset, labels, 5, 1e-4, 64)
     return agent.impute_rewards(model, dataset, labels)[0], labels[0]
 
 

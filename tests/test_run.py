@@ -183,6 +183,14 @@ def test_resume_after_kill_is_bit_identical(script, workers, tmp_path):
     assert_identical(outcome(tmp_path / "undisturbed"), outcome(tmp_path / "killed"))
 
 
+def test_iql_actor_learning_rate_follows_a_cosine_to_zero(tmp_path):
+    run("iql_imputed.py", *SMALL, "--num-updates", 40, "--run-dir", "run")
+    agent = torch.load("run/checkpoint.pt", weights_only=True)["agent"]
+    rates = {name: float(agent[f"{name}_optimizer"]["param_groups"][0]["lr"]) for name in ("actor", "value", "critic")}
+    last = 3e-4 * 0.5 * (1 + np.cos(np.pi * 39 / 40))  # of the 40th update
+    assert rates == {"actor": pytest.approx(last, rel=1e-6), "value": 3e-4, "critic": 3e-4}
+
+
 def progress_of(run_dir):
     path = Path(run_dir, "checkpoint.pt")
     return path.stat().st_mtime_ns if path.exists() else 0

@@ -17,19 +17,24 @@ def make_data(dtype=torch.float32):
 
     terminals = (torch.rand(ROWS, generator=generator) < 0.2).to(dtype)
     observations = 3 * normal(ROWS, OBS_DIM) + 1
-    return script.Batch(
-        observations, normal(ROWS, ACT_DIM).clamp(-1, 1), normal(NUM_SEEDS, ROWS), normal(ROWS, OBS_DIM), terminals
-    )
+    actions, rewards = normal(ROWS, ACT_DIM).clamp(-1, 1), normal(NUM_SEEDS, ROWS)
+    data = script.Batch(observations, actions, observations, normal(ROWS, OBS_DIM), terminals)
+    return expanded(data, NUM_SEEDS)._replace(rewards=rewards)
+
+
+def expanded(data, num_seeds):
+    """Every tensor with a leading dimension of seeds."""
+    return script.Batch(*(tensor.expand(num_seeds, *tensor.shape) for tensor in data))
 
 
 def train(data, num_calls, alpha=2.5, agent=None):
     """`num_calls` calls of update, of two updates each; returns the agent and everything that went into them."""
     args = script.Args(alpha=alpha)
-    agent = agent or script.make_agent(data, None, range(NUM_SEEDS), args.learning_rate)
+    agent = agent or script.make_agent(data, range(NUM_SEEDS), args.learning_rate)
     generator = torch.Generator().manual_seed(3)
     inputs = []
     for _ in range(num_calls):
-        batches = script.sample(data, None, (2, NUM_SEEDS, 32), generator)
+        batches = script.sample(data, (2, NUM_SEEDS, 32), generator)
         noise = torch.randn(batches.actions.shape, generator=generator, dtype=data.rewards.dtype)
         inputs.append((batches, noise))
         script.update(agent, batches, noise, args)
@@ -43,9 +48,9 @@ def test_four_updates_equal_the_reference(dtype, seed, alpha):
     torch.set_default_dtype(dtype)
     try:
         data = make_data(dtype)
-        agent = script.make_agent(data, None, range(NUM_SEEDS), 3e-4)
+        agent = script.make_agent(data, range(NUM_SEEDS), 3e-4)
         reference = TD3BC(
-            OBS_DIM, ACT_DIM, data.observations.mean(0), data.observations.std(0, correction=0) + 1e-3, alpha
+            OBS_DIM, ACT_DIM, data.observations[0].mean(0), data.observations[0].std(0, correction=0) + 1e-3, alpha
         )
         copy_model(agent.actor.mlp, reference.actor, seed)
         copy_model(agent.critic.mlp, reference.q1, seed)
@@ -86,16 +91,16 @@ def test_seeds_are_independent_to_the_bit():
 
 def test_initial_weights_do_not_depend_on_how_many_seeds_run():
     data = make_data()
-    together = script.make_agent(data, None, range(4, 6), 3e-4)
-    alone = script.make_agent(data._replace(rewards=data.rewards[:1]), None, range(5, 6), 3e-4)
+    together = script.make_agent(data, range(4, 6), 3e-4)
+    alone = script.make_agent(script.Batch(*(tensor[1:] for tensor in data)), range(5, 6), 3e-4)
     for name in ("actor", "critic"):
         for a, b in zip(getattr(together, name).parameters(), getattr(alone, name).parameters()):
             assert torch.equal(a[1::2], b)
 
 
 def test_initialisation_is_that_of_nn_linear():
-    data = make_data()
-    network = script.make_agent(data, None, range(200), 3e-4).critic
+    data = expanded(script.Batch(*(tensor[0] for tensor in make_data())), 200)
+    network = script.make_agent(data, range(200), 3e-4).critic
     for layer in network.mlp[::2]:
         bound = layer.weight.shape[1] ** -0.5
         for parameter in (layer.weight, layer.bias):
@@ -105,20 +110,20 @@ def test_initialisation_is_that_of_nn_linear():
 
 def test_observations_are_normalised_with_what_the_agent_may_see():
     data = make_data()
-    visible = torch.tensor([[0, 5, 9], [1, 2, 3]])
-    agent = script.make_agent(data, visible, range(NUM_SEEDS), 3e-4)
+    seen = torch.stack([data.observations[0, [0, 5, 9]], data.observations[1, [1, 2, 3]]])
+    agent = script.make_agent(data._replace(observations=seen), range(NUM_SEEDS), 3e-4)
     for seed in range(NUM_SEEDS):
-        seen = data.observations[visible[seed]]
-        torch.testing.assert_close(agent.actor.mean[seed, 0], seen.mean(0))
-        torch.testing.assert_close(agent.critic.std[seed, 0], seen.std(0, correction=0) + 1e-3)
+        torch.testing.assert_close(agent.actor.mean[seed, 0], seen[seed].mean(0))
+        torch.testing.assert_close(agent.critic.std[seed, 0], seen[seed].std(0, correction=0) + 1e-3)
 
 
-def test_labeled_draws_only_each_seeds_visible_rows():
+def test_a_seed_draws_whole_transitions_of_its_own_rows():
     data = make_data()
     visible = torch.tensor([[0, 5, 9], [1, 2, 3]])
-    batch = script.sample(data, visible, (2, NUM_SEEDS, 100), torch.Generator().manual_seed(0))
+    seen = script.Batch(*(tensor[torch.arange(NUM_SEEDS)[:, None], visible] for tensor in data))
+    batch = script.sample(seen, (2, NUM_SEEDS, 100), torch.Generator().manual_seed(0))
     for seed in range(NUM_SEEDS):
-        rows = [torch.where((data.observations == o).all(1))[0].item() for o in batch.observations[0, seed]]
+        rows = [torch.where((data.observations[seed] == o).all(1))[0].item() for o in batch.observations[0, seed]]
         assert set(rows) == set(visible[seed].tolist())
-        assert torch.equal(batch.rewards[0, seed], data.rewards[seed, rows])
-        assert torch.equal(batch.next_observations[0, seed], data.next_observations[rows])
+        for drawn, tensor in zip(batch, data):
+            assert torch.equal(drawn[0, seed], tensor[seed, rows])

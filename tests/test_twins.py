@@ -9,8 +9,8 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 # What each agent may have of its own: its arguments, networks, losses and update, and the lines of main that call them.
-ALGORITHM = {"Args", "Agent", "make_agent", "reward_scale", "log_prob", "value_loss", "critic_loss"}
-ALGORITHM |= {"actor_loss", "update", "set_learning_rate", "main"}
+ALGORITHM = {"Args", "Agent", "make_agent", "reward_scale", "value_loss", "critic_loss"}
+ALGORITHM |= {"actor_loss", "update", "main"}
 PAIRS = [("td3bc_imputed.py", "iql_imputed.py"), ("td3bc_imputed.py", "reward_model.py")]
 
 
