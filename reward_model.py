@@ -3,8 +3,7 @@
 # requires-python = ">=3.11"
 # dependencies = [
 #   "torch==2.13.0", "numpy>=2.0,<3", "gymnasium[mujoco]>=1.2,<2", "mujoco>=3.3,<5", "minari[hdf5,hf]>=0.5.3,<0.6",
-#   "h5py>=3.12,<4", "tyro>=0.9.2,<2", "tqdm>=4.66,<5", "wandb>=0.19,<1", "matplotlib>=3.9,<4", "pytest>=8,<10",
-# ]
+#   "h5py>=3.12,<4", "tyro>=0.9.2,<2", "tqdm>=4.66,<5", "wandb>=0.19,<1", "matplotlib>=3.9,<4", "pytest>=8,<10"]
 # ///
 """Fit, judge and apply a reward model to a dataset of which only a few transitions have a reward.
 
@@ -132,10 +131,8 @@ def load_dataset(env_id: str, dataset_path: Path | None = None, eval_env_id: str
     spaces = (env.observation_space, env.action_space)
     vectors = all(isinstance(space, gym.spaces.Box) and len(space.shape) == 1 for space in spaces)
     require(vectors, f"{env.spec.id}: observations and actions must be continuous vectors (1-D Box), not {spaces}")
-    if dataset_path:
-        columns = read_hdf5(dataset_path)
-    else:
-        columns = read_hdf5(find_file(env_id), SHA256[env_id]) if env_id in SHA256 else read_minari(source)
+    path = dataset_path or (find_file(env_id) if env_id in SHA256 else None)
+    columns = read_hdf5(path, None if dataset_path else SHA256[env_id]) if path else read_minari(source)
     observations, actions, rewards, next_observations, terminals, episode_ids = columns
     require(len(rewards), "the dataset has no transitions")
     shapes = (observations.shape[1:], actions.shape[1:])
@@ -152,15 +149,14 @@ def load_dataset(env_id: str, dataset_path: Path | None = None, eval_env_id: str
     return Dataset(*arrays, env.spec, low, high, ref_min, ref_max, digest.hexdigest())
 
 
-def make_env(source: str | gym.envs.registration.EnvSpec | minari.MinariDataset) -> gym.Env:
+def make_env(env: str | gym.envs.registration.EnvSpec | minari.MinariDataset) -> gym.Env:
     """An evaluation environment, without the simulator's warnings about the old but comparable -v4 tasks."""
     mujoco.set_mju_user_warning(lambda message: None)  # else MUJOCO_LOG.TXT appears in the user's folder
     try:
         with warnings.catch_warnings(action="ignore"):
-            is_minari = isinstance(source, minari.MinariDataset)
-            return source.recover_environment(eval_env=True) if is_minari else gym.make(source)
+            return env.recover_environment(eval_env=True) if isinstance(env, minari.MinariDataset) else gym.make(env)
     except (gym.error.Error, ImportError, ValueError) as error:
-        raise UserError(f"cannot make the environment {getattr(source, 'id', source)}: {error}") from error
+        raise UserError(f"cannot make the environment {getattr(env, 'id', env)}: {error}") from error
 
 
 def find_file(env_id: str) -> Path:
@@ -263,7 +259,7 @@ def split_labels(rewards: np.ndarray, label_fraction: float | None, seeds: range
     """Indices of each seed's labelled transitions, (seeds, labels), drawn uniformly from the known rewards."""
     known = np.flatnonzero(~np.isnan(rewards))
     require(len(known), "no transition is labelled: every reward is NaN")
-    fraction = label_fraction or (0.01 if len(known) == len(rewards) else 1.0)
+    fraction = label_fraction if label_fraction is not None else 0.01 if len(known) == len(rewards) else 1.0
     num_labels = max(1, round(fraction * len(known)))
     labels = np.sort([np.random.default_rng(seed).choice(known, num_labels, replace=False) for seed in seeds], axis=1)
     require(np.ptp(rewards[labels], axis=1).all(), f"a seed's {num_labels} labelled rewards are all equal: label more")

@@ -3,8 +3,7 @@
 # requires-python = ">=3.11"
 # dependencies = [
 #   "torch==2.13.0", "numpy>=2.0,<3", "gymnasium[mujoco]>=1.2,<2", "mujoco>=3.3,<5", "minari[hdf5,hf]>=0.5.3,<0.6",
-#   "h5py>=3.12,<4", "tyro>=0.9.2,<2", "tqdm>=4.66,<5", "wandb>=0.19,<1", "matplotlib>=3.9,<4", "pytest>=8,<10",
-# ]
+#   "h5py>=3.12,<4", "tyro>=0.9.2,<2", "tqdm>=4.66,<5", "wandb>=0.19,<1", "matplotlib>=3.9,<4", "pytest>=8,<10"]
 # ///
 """TD3+BC on a dataset of which only a few transitions have a reward.
 
@@ -151,10 +150,8 @@ def load_dataset(env_id: str, dataset_path: Path | None = None, eval_env_id: str
     spaces = (env.observation_space, env.action_space)
     vectors = all(isinstance(space, gym.spaces.Box) and len(space.shape) == 1 for space in spaces)
     require(vectors, f"{env.spec.id}: observations and actions must be continuous vectors (1-D Box), not {spaces}")
-    if dataset_path:
-        columns = read_hdf5(dataset_path)
-    else:
-        columns = read_hdf5(find_file(env_id), SHA256[env_id]) if env_id in SHA256 else read_minari(source)
+    path = dataset_path or (find_file(env_id) if env_id in SHA256 else None)
+    columns = read_hdf5(path, None if dataset_path else SHA256[env_id]) if path else read_minari(source)
     observations, actions, rewards, next_observations, terminals, episode_ids = columns
     require(len(rewards), "the dataset has no transitions")
     shapes = (observations.shape[1:], actions.shape[1:])
@@ -171,15 +168,14 @@ def load_dataset(env_id: str, dataset_path: Path | None = None, eval_env_id: str
     return Dataset(*arrays, env.spec, low, high, ref_min, ref_max, digest.hexdigest())
 
 
-def make_env(source: str | gym.envs.registration.EnvSpec | minari.MinariDataset) -> gym.Env:
+def make_env(env: str | gym.envs.registration.EnvSpec | minari.MinariDataset) -> gym.Env:
     """An evaluation environment, without the simulator's warnings about the old but comparable -v4 tasks."""
     mujoco.set_mju_user_warning(lambda message: None)  # else MUJOCO_LOG.TXT appears in the user's folder
     try:
         with warnings.catch_warnings(action="ignore"):
-            is_minari = isinstance(source, minari.MinariDataset)
-            return source.recover_environment(eval_env=True) if is_minari else gym.make(source)
+            return env.recover_environment(eval_env=True) if isinstance(env, minari.MinariDataset) else gym.make(env)
     except (gym.error.Error, ImportError, ValueError) as error:
-        raise UserError(f"cannot make the environment {getattr(source, 'id', source)}: {error}") from error
+        raise UserError(f"cannot make the environment {getattr(env, 'id', env)}: {error}") from error
 
 
 def find_file(env_id: str) -> Path:
@@ -282,7 +278,7 @@ def split_labels(rewards: np.ndarray, label_fraction: float | None, seeds: range
     """Indices of each seed's labelled transitions, (seeds, labels), drawn uniformly from the known rewards."""
     known = np.flatnonzero(~np.isnan(rewards))
     require(len(known), "no transition is labelled: every reward is NaN")
-    fraction = label_fraction or (0.01 if len(known) == len(rewards) else 1.0)
+    fraction = label_fraction if label_fraction is not None else 0.01 if len(known) == len(rewards) else 1.0
     num_labels = max(1, round(fraction * len(known)))
     labels = np.sort([np.random.default_rng(seed).choice(known, num_labels, replace=False) for seed in seeds], axis=1)
     require(np.ptp(rewards[labels], axis=1).all(), f"a seed's {num_labels} labelled rewards are all equal: label more")
@@ -417,9 +413,8 @@ def make_policies(actor: nn.Module, dataset: Dataset) -> list[Policy]:
 
 def run_episode(policy: Policy, env_spec: gym.envs.registration.EnvSpec, seed: int) -> float:
     """Return of one deterministic episode, in a fresh environment: the same in whatever process."""
-    env = make_env(env_spec)
+    env, episode_return, done = make_env(env_spec), 0.0, False
     observation, _ = env.reset(seed=seed)
-    episode_return, done = 0.0, False
     while not done:
         observation, reward, terminated, truncated, _ = env.step(policy(observation))
         episode_return, done = episode_return + float(reward), terminated or truncated
@@ -431,8 +426,7 @@ def init_worker() -> None:
     """Leave signals to the parent process and end with it, however it ends."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
-    parent = multiprocessing.parent_process()
-    threading.Thread(target=lambda: os._exit(parent.join() or 1), daemon=True).start()
+    threading.Thread(target=lambda: os._exit(multiprocessing.parent_process().join() or 1), daemon=True).start()
 
 
 class Evaluator:
@@ -486,7 +480,7 @@ def write_file(path: Path, content: bytes) -> None:
 def load_checkpoint(run_dir: Path, resume: bool, config: dict) -> dict | None:
     """The state to go on from, None for a run that starts; raises UserError if `run_dir` holds another run."""
     path, free = run_dir / "checkpoint.pt", ("resume", "run_dir", "eval_workers", "track", "log_freq", "save_policy")
-    require(resume or not (run_dir / "config.json").exists(), f"{run_dir} already holds a run: --resume or use another")
+    require(resume or not (run_dir / "config.json").exists(), f"{run_dir} already holds a run: use --resume or another")
     if not path.exists():
         return None
     try:
@@ -506,7 +500,6 @@ def main(args: Args) -> None:
         most = 1 if name in ("gamma", "tau", "label_fraction") else sys.float_info.max
         fine = type(value) not in (int, float) or least <= value <= most
         require(fine, f"--{name.replace('_', '-')} cannot be {value}")
-    require(args.label_fraction != 0, "--label-fraction must be above 0")
     require(args.run_dir or not args.resume, "--resume needs the --run-dir to go on from")
     require(args.device != "cuda" or torch.cuda.is_available(), "--device cuda: there is no usable GPU here")
     whole = not any(number % args.policy_freq for number in (args.num_updates, args.eval_freq, args.log_freq))
@@ -524,17 +517,18 @@ def main(args: Args) -> None:
     # The dataset, and the few transitions of each seed whose rewards may be seen.
     dataset = load_dataset(args.env_id, args.dataset_path, args.eval_env_id)
     require(state is None or state["dataset"] == dataset.sha256, f"{run_dir} was started on another dataset")
-    labels = split_labels(dataset.rewards, args.label_fraction, seeds)  # (seeds, labels)
     oracle = args.rewards == "oracle"
     require(not oracle or not np.isnan(dataset.rewards).any(), "--rewards oracle needs every reward, but some are NaN")
+    labels = np.empty((len(seeds), 0), int) if oracle else split_labels(dataset.rewards, args.label_fraction, seeds)
     run_dir.mkdir(parents=True, exist_ok=True)
     try:
         os.lockf(os.open(run_dir / "lock", os.O_RDWR | os.O_CREAT), os.F_TLOCK, 0)  # held until this process ends
     except BlockingIOError as error:
         raise UserError(f"{run_dir} is in use by another process") from error
     write_file(run_dir / "config.json", json.dumps(config, indent=2).encode())
-    print(f"dataset       {args.env_id}: {len(dataset.rewards):,} rows, {dataset.episode_ids[-1] + 1:,} episodes")
-    print(f"rewards       {args.rewards}, {labels.shape[1]:,} labelled for each of {len(seeds)} seeds; {device_name}")
+    num_rows, num_labels = len(dataset.rewards), labels.shape[1] or len(dataset.rewards)  # the oracle draws no labels
+    print(f"dataset       {args.env_id}: {num_rows:,} transitions, {dataset.episode_ids[-1] + 1:,} episodes")
+    print(f"rewards       {args.rewards}, {num_labels:,} labelled for each of {len(seeds)} seeds; {device_name}")
     start = time.perf_counter()
 
     # The reward model is fitted to those (Eq. 4) and imputes all other rewards (Eq. 5).
@@ -580,7 +574,7 @@ def main(args: Args) -> None:
         signal.signal(number, lambda number, frame: signals.append(number))
     episode_seeds = range(args.eval_seed, args.eval_seed + args.eval_episodes)
     evaluator = Evaluator(dataset, seeds, episode_seeds, args.eval_workers, scores)
-    progress = tqdm(total=args.num_updates, initial=num_updates, unit="update", disable=None)
+    progress, first_update = tqdm(total=args.num_updates, initial=num_updates, unit="update", disable=None), num_updates
     while True:
         due = num_updates > 0 and (num_updates % args.eval_freq == 0 or num_updates == args.num_updates)
         if signals or (due and (not scores or scores[-1][0] < num_updates)):
@@ -613,7 +607,6 @@ def main(args: Args) -> None:
         for seed, policy in zip(seeds, make_policies(agent.actor, dataset)):
             np.savez(file := io.BytesIO(), **policy)
             write_file(run_dir / f"policy_seed{seed}.npz", file.getvalue())
-    seconds = {"reward_model": fitted - start, "training": time.perf_counter() - fitted}
     commit = os.popen(f"git -C {shlex.quote(str(Path(__file__).parent))} rev-parse HEAD 2>{os.devnull}").read().strip()
     metric, column = ("return", 2) if np.isnan(scores[-1][3]) else ("score", 3)
     table = np.array(scores)[:, column].reshape(-1, len(seeds))  # (evaluations, seeds)
@@ -622,7 +615,8 @@ def main(args: Args) -> None:
     result |= {"last_10_mean": last_10.mean(), "last_10_std": last_10.std(), "eval_episodes": args.eval_episodes}
     result |= {"num_updates": num_updates, "reward_model": quality, "device": device_name, "commit": commit or None}
     result |= {"versions": {module.__name__: module.__version__ for module in (torch, np, gym, mujoco, minari)}}
-    result |= {"timing": seconds | {"updates_per_second": num_updates / seconds["training"]}}
+    rate = (num_updates - first_update) / (time.perf_counter() - fitted)  # of this process, evaluations included
+    result |= {"timing": {"reward_model_seconds": fitted - start, "updates_per_second": rate}}
     write_file(run_dir / "result.json", json.dumps(result, indent=2).encode())
     print(f"result        {metric} {last.mean():.1f} ± {last.std():.1f} over {len(seeds)} seeds, in {run_dir}")
 
