@@ -549,8 +549,8 @@ def check_settings(args: Args) -> None:
     if args.output_minari_id:
         try:
             parse_dataset_id(args.output_minari_id)
-        except ValueError as error:
-            raise UserError(f"--output-minari-id {args.output_minari_id}: {error}") from error
+        except (ValueError, TypeError) as error:  # TypeError: no version
+            raise UserError(f"--output-minari-id {args.output_minari_id} is not of the form my/name-v0") from error
         exists = args.output_minari_id in minari.list_local_datasets()
         require(not exists, f"--output-minari-id {args.output_minari_id} exists already")
 

@@ -36,16 +36,18 @@ def make_data(script, num_seeds: int):
     observations = torch.randn(ROWS, OBS_DIM, generator=generator)
     actions = torch.rand(ROWS, ACT_DIM, generator=generator) * 1.9 - 0.95
     rewards = torch.randn(num_seeds, ROWS, generator=generator)
-    return script.Batch(observations, actions, rewards, observations.roll(-1, 0), torch.zeros(ROWS))
+    columns = (observations, actions, observations.roll(-1, 0), torch.zeros(ROWS))
+    observations, actions, following, terminals = (c.expand(num_seeds, *c.shape) for c in columns)
+    return script.Batch(observations, actions, rewards, following, terminals)
 
 
 def plain_td3bc():
     data = make_data(td3bc_imputed, 1)
-    agent = reference.TD3BC(OBS_DIM, ACT_DIM, data.observations.mean(0), data.observations.std(0))
+    agent = reference.TD3BC(OBS_DIM, ACT_DIM, data.observations[0].mean(0), data.observations[0].std(0))
     agent.start()
 
     def update():
-        batch = td3bc_imputed.sample(data, None, (1, BATCH), torch.default_generator)
+        batch = td3bc_imputed.sample(data, (1, BATCH), torch.default_generator)
         agent.update(*(tensor[0] for tensor in batch), torch.randn(BATCH, ACT_DIM))
 
     return update, 1
@@ -57,7 +59,7 @@ def plain_iql():
     agent.start()
 
     def update():
-        batch = iql_imputed.sample(data, None, (1, BATCH), torch.default_generator)
+        batch = iql_imputed.sample(data, (1, BATCH), torch.default_generator)
         agent.update(*(tensor[0] for tensor in batch))
 
     return update, 1
@@ -65,10 +67,10 @@ def plain_iql():
 
 def our_td3bc(num_seeds: int):
     data, args = make_data(td3bc_imputed, num_seeds), td3bc_imputed.Args()
-    agent = td3bc_imputed.make_agent(data, None, range(num_seeds), 3e-4)
+    agent = td3bc_imputed.make_agent(data, range(num_seeds), 3e-4)
 
     def update():
-        batches = td3bc_imputed.sample(data, None, (2, num_seeds, BATCH), torch.default_generator)
+        batches = td3bc_imputed.sample(data, (2, num_seeds, BATCH), torch.default_generator)
         td3bc_imputed.update(agent, batches, torch.randn(batches.actions.shape), args)
 
     return update, 2
@@ -76,11 +78,10 @@ def our_td3bc(num_seeds: int):
 
 def our_iql(num_seeds: int):
     data, args = make_data(iql_imputed, num_seeds), iql_imputed.Args()
-    agent = iql_imputed.make_agent(OBS_DIM, ACT_DIM, range(num_seeds), 3e-4, torch.device("cpu"))
+    agent = iql_imputed.make_agent(data, range(num_seeds), 3e-4)
 
     def update():
-        iql_imputed.set_learning_rate(agent, 0, args)
-        iql_imputed.update(agent, iql_imputed.sample(data, None, (num_seeds, BATCH), torch.default_generator), args)
+        iql_imputed.update(agent, iql_imputed.sample(data, (num_seeds, BATCH), torch.default_generator), args)
 
     return update, 1
 

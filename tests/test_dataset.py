@@ -2,7 +2,8 @@
 
 import shutil
 import threading
-from http.server import BaseHTTPRequestHandler, HTTPServer
+from concurrent.futures import ThreadPoolExecutor
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import h5py
@@ -136,7 +137,7 @@ def host(tmp_path, monkeypatch):
         "403": (403, {}, b""),
         "404": (404, {}, b""),
     }
-    server = HTTPServer(("127.0.0.1", 0), Host)
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Host)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     monkeypatch.setitem(script.SHA256, "hopper-medium-v2", script.hashlib.sha256(content).hexdigest())
 
@@ -162,6 +163,14 @@ def test_no_good_host_leaves_nothing_behind_and_says_what_to_do(host, bad, tmp_p
         script.load_dataset("hopper-medium-v2")
     assert list((tmp_path / "d4rl").iterdir()) == []
     assert script.socket.getdefaulttimeout() is None
+
+
+def test_downloads_of_the_same_file_at_once_do_not_disturb_each_other(host, tmp_path):
+    host("good", "good")
+    with ThreadPoolExecutor(4) as pool:
+        paths = list(pool.map(script.find_file, ["hopper-medium-v2"] * 4))
+    assert [path.name for path in (tmp_path / "d4rl").iterdir()] == ["hopper_medium-v2.hdf5"]
+    assert len(script.load_dataset("hopper-medium-v2").rewards) and len(set(paths)) == 1
 
 
 def test_no_network_says_what_to_do(monkeypatch):

@@ -258,7 +258,8 @@ def test_a_partly_labelled_log_goes_through_the_whole_chain(tmp_path, capsys):
 
 BAD_ARGUMENTS = {
     "existing output": (["--output-path", "own.hdf5"], "exists already"),
-    "malformed Minari id": (["--output-minari-id", "no version"], "Malformed"),
+    "malformed Minari id": (["--output-minari-id", "no version"], "my/name-v0"),
+    "Minari id without a version": (["--output-minari-id", "imputed"], "my/name-v0"),
     "existing Minari id": (["--output-minari-id", "tests/wide-v0"], "exists already"),
     "HDF5 from Minari": (["--env-id", "tests/wide-v0", "--output-path", "out.hdf5"], "--output-minari-id"),
     "no epochs": (["--reward-epochs", "0"], "--reward-epochs"),

@@ -19,6 +19,7 @@ import pytest
 import torch
 
 import iql_imputed
+import reward_model
 import td3bc_imputed
 
 ROOT = Path(__file__).parent.parent
@@ -183,12 +184,13 @@ def test_resume_after_kill_is_bit_identical(script, workers, tmp_path):
     assert_identical(outcome(tmp_path / "undisturbed"), outcome(tmp_path / "killed"))
 
 
-def test_iql_actor_learning_rate_follows_a_cosine_to_zero(tmp_path):
-    run("iql_imputed.py", *SMALL, "--num-updates", 40, "--run-dir", "run")
+@pytest.mark.parametrize(("total", "factor"), [(1, 1.0), (2, 0.5), (40, 0.5 * (1 + np.cos(np.pi * 39 / 40)))])
+def test_iql_actor_learning_rate_follows_a_cosine_to_zero(total, factor):
+    """The last update of a run of 1, 2 or 40 is number 0, T/2 or T - 1 of its schedule."""
+    run("iql_imputed.py", *SMALL, "--num-updates", total, "--run-dir", "run", "--rewards", "oracle")
     agent = torch.load("run/checkpoint.pt", weights_only=True)["agent"]
     rates = {name: float(agent[f"{name}_optimizer"]["param_groups"][0]["lr"]) for name in ("actor", "value", "critic")}
-    last = 3e-4 * 0.5 * (1 + np.cos(np.pi * 39 / 40))  # of the 40th update
-    assert rates == {"actor": pytest.approx(last, rel=1e-6), "value": 3e-4, "critic": 3e-4}
+    assert rates == {"actor": pytest.approx(3e-4 * factor, rel=1e-6), "value": 3e-4, "critic": 3e-4}
 
 
 def progress_of(run_dir):
@@ -310,6 +312,47 @@ def test_mistakes_are_named_before_anything_is_written(script, arguments, messag
     with pytest.raises((script.UserError, OSError), match=message):
         script.main(td3bc_imputed.tyro.cli(script.Args, args=arguments))
     assert sorted(path.name for path in tmp_path.iterdir()) in (["own.hdf5"], ["minari", "own.hdf5"])
+
+
+@pytest.mark.parametrize("script", [td3bc_imputed, iql_imputed, reward_model])
+def test_fuzzed_command_lines_end_in_one_error(script, tmp_path, capsys):
+    """Whatever stands on the command line, it ends in a UserError or tyro's exit code 2; the missing file sees to that."""
+    rng, flags = random.Random(0), [f"--{name.replace('_', '-')}" for name in vars(script.Args())]
+    values = [
+        "-1",
+        "0",
+        "1e400",
+        "nan",
+        "",
+        "--",
+        "own.hdf5",
+        "x/y",
+        "/",
+        "\0",
+        "é",
+        "None",
+        "1_000",
+        "inf",
+        "imputed",
+        "cpu",
+    ]
+    ends = {"user": 0, "tyro": 0}
+    for _ in range(300):
+        arguments = [word for _ in range(rng.randrange(4)) for word in (rng.choice(flags), rng.choice(values))]
+        try:
+            script.main(td3bc_imputed.tyro.cli(script.Args, args=[*arguments, "--dataset-path", "none.hdf5"]))
+            raise AssertionError(arguments)
+        except (script.UserError, OSError):
+            ends["user"] += 1
+        except SystemExit as end:
+            assert end.code == 2, arguments
+            ends["tyro"] += 1
+    capsys.readouterr()
+    print(ends)
+    assert min(ends.values()) > 30 and sorted(path.name for path in tmp_path.iterdir()) in (
+        ["own.hdf5"],
+        ["minari", "own.hdf5"],
+    )
 
 
 @pytest.mark.parametrize("script", AGENTS)
