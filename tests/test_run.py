@@ -291,7 +291,7 @@ BAD_ARGUMENTS = {
     "unknown env": (["--env-id", "hoper-medium-v2"], "hopper-medium-v2"),
     "no such file": (["--env-id", "hopper-own", "--dataset-path", "none.hdf5"], "none.hdf5"),
     "a folder": (["--env-id", "hopper-own", "--dataset-path", "."], "directory"),
-    "label fraction 0": (["--label-fraction", "0"], "--label-fraction"),
+    "label fraction 0": (["--label-fraction", "0"], "label more"),
     "label fraction 2": (["--label-fraction", "2"], "--label-fraction"),
     "label fraction NaN": (["--label-fraction", "nan"], "--label-fraction"),
     "one label": (["--label-fraction", "1e-9"], "all equal"),
