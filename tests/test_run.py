@@ -279,9 +279,14 @@ def test_disk_full_keeps_the_last_checkpoint(tmp_path):
     assert "result" in run("td3bc_imputed.py", *arguments)
 
 
-def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
+@pytest.mark.parametrize("step", ["fsync", "replace"])
+def test_a_failed_write_leaves_the_old_file(step, tmp_path, monkeypatch):
     td3bc_imputed.write_file(tmp_path / "file", b"old")
-    monkeypatch.setattr(td3bc_imputed.os, "fsync", lambda number: (_ for _ in ()).throw(OSError("disk full")))
+
+    def fail(*arguments):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(td3bc_imputed.os, step, fail)
     with pytest.raises(OSError, match="disk full"):
         td3bc_imputed.write_file(tmp_path / "file", b"new")
     assert (tmp_path / "file").read_bytes() == b"old" and not (tmp_path / "file.tmp").exists()
