@@ -54,7 +54,7 @@ class Args:
     env_id: str = "halfcheetah-medium-replay-mini"  # a D4RL name, a Minari id, or the bundled dataset (the default)
     dataset_path: Path | None = None  # D4RL-schema HDF5 file to read instead; env_id, or any Gymnasium id, is its task
     eval_env_id: str | None = None  # Gymnasium environment to evaluate in, if not the dataset's own
-    rewards: Literal["imputed", "labeled", "oracle", "zero"] = "imputed"  # imputed; only labelled transitions; all; UDS
+    rewards: Literal["imputed", "labeled", "oracle", "zero"] = "imputed"  # hidden ones: predicted; left out; kept; 0
     label_fraction: float | None = None  # share of the known rewards not hidden (0.01; 1.0 if the data has NaN rewards)
     reward_hidden_dim: int = 256  # width of the reward model's two hidden layers
     reward_epochs: int = 300  # passes over the labelled transitions
