@@ -21,7 +21,6 @@ import hashlib
 import io
 import json
 import os
-import shutil
 import socket
 import sys
 import time
@@ -457,35 +456,31 @@ def write_hdf5(
     Rows that the D4RL rule drops (timeouts and the last row) are predicted too; if every known reward serves as a label,
     so does theirs.
     """
-    temporary = target.with_name(target.name + ".tmp")
-    try:
-        shutil.copyfile(source, temporary)
-        with h5py.File(temporary, "r+") as file:
-            old = file["rewards"].astype(np.float32)[()]
-            is_kept = np.append(file["timeouts"][:-1].reshape(-1) == 0, False)
-            kept, dropped = np.flatnonzero(is_kept), np.flatnonzero(~is_kept)
-            middle, half = (
-                (dataset.action_high + dataset.action_low) / 2,
-                (dataset.action_high - dataset.action_low) / 2,
-            )
-            rest = dataset._replace(
-                observations=file["observations"].astype(np.float32)[dropped],
-                actions=(file["actions"].astype(np.float32)[dropped] - middle) / half,
-                rewards=old.reshape(-1)[dropped],
-            )
-            all_known = labels.shape[1] == np.count_nonzero(~np.isnan(dataset.rewards))
-            known = np.flatnonzero(~np.isnan(rest.rewards) & all_known)
-            completed, labeled = np.empty(len(is_kept), np.float32), np.zeros(len(is_kept), bool)
-            completed[kept] = rewards[0]
-            completed[dropped] = impute_rewards(model, rest, np.tile(known, (len(labels), 1)))[0]
-            labeled[kept[labels[0]]] = labeled[dropped[known]] = True
-            for name, column in (("rewards", completed.reshape(old.shape)), ("labeled", labeled)):
-                file.pop(name, None)
-                file.create_dataset(name, data=column, compression="gzip")
-            file.attrs.update({f"imputation_{name}": json.dumps(value) for name, value in notes.items()})
-        os.replace(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)
+    content = io.BytesIO(source.read_bytes())  # in memory: HDF5 cannot recover from a disk that fills up under it
+    with h5py.File(content, "r+") as file:
+        old = file["rewards"].astype(np.float32)[()]
+        is_kept = np.append(file["timeouts"][:-1].reshape(-1) == 0, False)
+        kept, dropped = np.flatnonzero(is_kept), np.flatnonzero(~is_kept)
+        middle, half = (
+            (dataset.action_high + dataset.action_low) / 2,
+            (dataset.action_high - dataset.action_low) / 2,
+        )
+        rest = dataset._replace(
+            observations=file["observations"].astype(np.float32)[dropped],
+            actions=(file["actions"].astype(np.float32)[dropped] - middle) / half,
+            rewards=old.reshape(-1)[dropped],
+        )
+        all_known = labels.shape[1] == np.count_nonzero(~np.isnan(dataset.rewards))
+        known = np.flatnonzero(~np.isnan(rest.rewards) & all_known)
+        completed, labeled = np.empty(len(is_kept), np.float32), np.zeros(len(is_kept), bool)
+        completed[kept] = rewards[0]
+        completed[dropped] = impute_rewards(model, rest, np.tile(known, (len(labels), 1)))[0]
+        labeled[kept[labels[0]]] = labeled[dropped[known]] = True
+        for name, column in (("rewards", completed.reshape(old.shape)), ("labeled", labeled)):
+            file.pop(name, None)
+            file.create_dataset(name, data=column, compression="gzip")
+        file.attrs.update({f"imputation_{name}": json.dumps(value) for name, value in notes.items()})
+    write_file(target, content.getbuffer())
 
 
 def read_episodes(args: Args, dataset: Dataset) -> list[tuple]:

@@ -522,13 +522,13 @@ def main(args: Args) -> None:
     labels = np.empty((len(seeds), 0), int) if oracle else split_labels(dataset.rewards, args.label_fraction, seeds)
     run_dir.mkdir(parents=True, exist_ok=True)
     try:
-        os.lockf(os.open(run_dir / "lock", os.O_RDWR | os.O_CREAT), os.F_TLOCK, 0)  # held until this process ends
+        os.lockf(os.open(run_dir / "lock", os.O_RDWR | os.O_CREAT, 0o644), os.F_TLOCK, 0)  # held until the end
     except BlockingIOError as error:
         raise UserError(f"{run_dir} is in use by another process") from error
     write_file(run_dir / "config.json", json.dumps(config, indent=2).encode())
     num_rows, num_labels = len(dataset.rewards), labels.shape[1] or len(dataset.rewards)  # the oracle draws no labels
     print(f"dataset       {args.env_id}: {num_rows:,} transitions, {dataset.episode_ids[-1] + 1:,} episodes")
-    print(f"rewards       {args.rewards}, {num_labels:,} labelled for each of {len(seeds)} seeds; {device_name}")
+    print(f"rewards       {args.rewards}, {num_labels:,} labelled for each of {len(seeds)} seed(s); {device_name}")
     start = time.perf_counter()
 
     # The reward model is fitted to those (Eq. 4) and imputes all other rewards (Eq. 5).
@@ -618,7 +618,7 @@ def main(args: Args) -> None:
     rate = (num_updates - first_update) / (time.perf_counter() - fitted)  # of this process, evaluations included
     result |= {"timing": {"reward_model_seconds": fitted - start, "updates_per_second": rate}}
     write_file(run_dir / "result.json", json.dumps(result, indent=2).encode())
-    print(f"result        {metric} {last.mean():.1f} ± {last.std():.1f} over {len(seeds)} seeds, in {run_dir}")
+    print(f"result        {metric} {last.mean():.1f} ± {last.std():.1f} over {len(seeds)} seed(s), in {run_dir}")
 
 
 if __name__ == "__main__":

@@ -279,6 +279,25 @@ def test_disk_full_keeps_the_last_checkpoint(tmp_path):
     assert "result" in run("td3bc_imputed.py", *arguments)
 
 
+def test_disk_full_leaves_no_part_of_an_imputed_dataset(tmp_path):
+    limit = 8_000_000  # bytes a file; the bundled dataset is larger, the report is not
+
+    def full():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+
+    arguments = ["--reward-epochs", 1, "--run-dir", "run", "--output-path", "imputed.hdf5"]
+    done = subprocess.run(
+        command("reward_model.py", *arguments),
+        env=environment(),
+        capture_output=True,
+        text=True,
+        check=False,
+        preexec_fn=full,
+    )
+    assert done.returncode == 2 and "File too large" in done.stderr.splitlines()[-1]
+    assert not list(tmp_path.glob("imputed.hdf5*")) and Path("run/reward_model.npz").exists()
+
+
 @pytest.mark.parametrize("step", ["fsync", "replace"])
 def test_a_failed_write_leaves_the_old_file(step, tmp_path, monkeypatch):
     td3bc_imputed.write_file(tmp_path / "file", b"old")
