@@ -1,6 +1,7 @@
 """What two scripts both need is the same text in each; names the part that drifted."""
 
 import ast
+import difflib
 import re
 import tomllib
 from pathlib import Path
@@ -37,6 +38,13 @@ def test_shared_parts_are_the_same_text(pair):
 def test_the_agents_share_everything_but_the_algorithm():
     first, second = parts("td3bc_imputed.py"), parts("iql_imputed.py")
     assert set(first) ^ set(second) <= ALGORITHM
+
+
+def test_main_differs_only_where_it_calls_the_algorithm():
+    mains = [parts(script)["main"].splitlines() for script in ("td3bc_imputed.py", "iql_imputed.py")]
+    lines = [line for line in difflib.ndiff(*mains) if line[0] in "+-"]
+    words = "policy_freq|data = Batch|columns|reward_scale|batch|noise|update|cosine|actor_optimizer|progress.update"
+    assert len(lines) <= 20 and all(re.search(words, line) for line in lines), lines
 
 
 @pytest.mark.parametrize("script", ["td3bc_imputed.py", "iql_imputed.py"])
