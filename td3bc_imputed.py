@@ -512,7 +512,7 @@ def main(args: Args) -> None:
         return print(f"{run_dir} holds a finished run: see its result.json and scores.csv")
     device = torch.device(args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
     device_name = torch.cuda.get_device_name() if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
-    seeds = range(args.seed, args.seed + args.num_seeds)
+    seeds, start = range(args.seed, args.seed + args.num_seeds), time.perf_counter()
 
     # The dataset, and the few transitions of each seed whose rewards may be seen.
     dataset = load_dataset(args.env_id, args.dataset_path, args.eval_env_id)
@@ -525,11 +525,20 @@ def main(args: Args) -> None:
         os.lockf(os.open(run_dir / "lock", os.O_RDWR | os.O_CREAT, 0o644), os.F_TLOCK, 0)  # held until the end
     except BlockingIOError as error:
         raise UserError(f"{run_dir} is in use by another process") from error
+    track_id, log = state and state["track_id"], lambda metrics: None
+    if args.track:
+        import wandb
+
+        try:
+            run = wandb.init(id=track_id, resume="allow", name=run_dir.name, config=config, dir=run_dir)
+        except wandb.Error as error:  # no key, no network
+            raise UserError(f"Weights & Biases: {error} (or set WANDB_MODE=offline)") from error
+        run.define_metric("*", step_metric="update")
+        track_id, log = run.id, run.log
     write_file(run_dir / "config.json", json.dumps(config, indent=2).encode())
     num_rows, num_labels = len(dataset.rewards), labels.shape[1] or len(dataset.rewards)  # the oracle draws no labels
     print(f"dataset       {args.env_id}: {num_rows:,} transitions, {dataset.episode_ids[-1] + 1:,} episodes")
     print(f"rewards       {args.rewards}, {num_labels:,} labelled for each of {len(seeds)} seed(s); {device_name}")
-    start = time.perf_counter()
 
     # The reward model is fitted to those (Eq. 4) and imputes all other rewards (Eq. 5).
     model = quality = None
@@ -555,24 +564,17 @@ def main(args: Args) -> None:
         data = Batch(*(tensor[torch.arange(len(seeds))[:, None], torch.from_numpy(labels)] for tensor in data))
     agent = make_agent(data, seeds, args.learning_rate)
     generator = torch.Generator(device).manual_seed(args.seed)
-    num_updates, scores, track_id, log = 0, [], None, lambda metrics: None
+    num_updates, scores = 0, []
     if state is not None:
-        num_updates, scores, track_id = state["num_updates"], state["scores"], state["track_id"]
+        num_updates, scores = state["num_updates"], state["scores"]
         generator.set_state(state["generator"])
         for name, part in agent._asdict().items():
             part.load_state_dict(state["agent"][name])
-    if args.track:
-        import wandb
-
-        run = wandb.init(id=track_id, resume="allow", name=run_dir.name, config=config, dir=run_dir)
-        run.define_metric("*", step_metric="update")
-        track_id, log = run.id, run.log
 
     # Training, with a checkpoint before every evaluation; a signal stops it after the update under way.
-    signals = []
+    signals, episode_seeds = [], range(args.eval_seed, args.eval_seed + args.eval_episodes)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, frame: signals.append(number))
-    episode_seeds = range(args.eval_seed, args.eval_seed + args.eval_episodes)
     evaluator = Evaluator(dataset, seeds, episode_seeds, args.eval_workers, scores)
     progress, first_update = tqdm(total=args.num_updates, initial=num_updates, unit="update", disable=None), num_updates
     while True:
@@ -616,7 +618,7 @@ def main(args: Args) -> None:
     result |= {"num_updates": num_updates, "reward_model": quality, "device": device_name, "commit": commit or None}
     result |= {"versions": {module.__name__: module.__version__ for module in (torch, np, gym, mujoco, minari)}}
     rate = (num_updates - first_update) / (time.perf_counter() - fitted)  # of this process, evaluations included
-    result |= {"timing": {"reward_model_seconds": fitted - start, "updates_per_second": rate}}
+    result |= {"timing": {"loading_and_reward_model_seconds": fitted - start, "updates_per_second": rate}}
     write_file(run_dir / "result.json", json.dumps(result, indent=2).encode())
     print(f"result        {metric} {last.mean():.1f} ± {last.std():.1f} over {len(seeds)} seed(s), in {run_dir}")
 

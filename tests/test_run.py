@@ -418,6 +418,19 @@ def test_weights_and_biases_offline(script, tmp_path):
     assert torch.load("run/checkpoint.pt", weights_only=True)["track_id"]
 
 
+def test_tracking_without_an_account_is_one_error(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "online")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    arguments = [*SMALL, "--num-updates", 20, "--run-dir", "run", "--track"]
+    done = subprocess.run(
+        command("td3bc_imputed.py", *arguments), env=environment(), capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert re.fullmatch(r"error: Weights & Biases: .*WANDB_MODE=offline.*", done.stderr.splitlines()[-1])
+    run("td3bc_imputed.py", *arguments[:-1])  # the same directory is still free
+
+
 def test_nothing_is_lost_when_the_bundled_dataset_is_missing(tmp_path):
     copy = shutil.copy(ROOT / "td3bc_imputed.py", tmp_path)
     assert "halfcheetah-medium-replay-mini.hdf5" in run(copy, code=2)
