@@ -319,7 +319,7 @@ def impute_rewards(model: RewardModel, dataset: Dataset, labels: np.ndarray) -> 
     for start in range(0, len(dataset.rewards), 16384):  # in chunks: the hidden layers of all rows would be large
         rows = slice(start, start + 16384)
         inputs = (torch.from_numpy(column[rows]).to(model.mean.device) for column in dataset[:2])
-        rewards[:, rows] = model(*(column.expand(len(labels), -1, -1) for column in inputs)).squeeze(-1).cpu()
+        rewards[:, rows] = model(*(column.expand(len(labels), -1, -1) for column in inputs)).squeeze(-1).cpu().numpy()
     np.put_along_axis(rewards, labels, dataset.rewards[labels], axis=1)
     return rewards
 
