@@ -361,7 +361,7 @@ def test_fuzzed_command_lines_end_in_one_error(script, tmp_path, capsys):
         "cpu",
     ]
     ends = {"user": 0, "tyro": 0}
-    for _ in range(300):
+    for _ in range(150):
         arguments = [word for _ in range(rng.randrange(4)) for word in (rng.choice(flags), rng.choice(values))]
         try:
             script.main(td3bc_imputed.tyro.cli(script.Args, args=[*arguments, "--dataset-path", "none.hdf5"]))
