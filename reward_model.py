@@ -151,11 +151,8 @@ def load_dataset(env_id: str, dataset_path: Path | None = None, eval_env_id: str
 def make_env(env: str | gym.envs.registration.EnvSpec | minari.MinariDataset) -> gym.Env:
     """An evaluation environment, without the simulator's warnings about the old but comparable -v4 tasks."""
     mujoco.set_mju_user_warning(lambda message: None)  # else MUJOCO_LOG.TXT appears in the user's folder
-    try:
-        with warnings.catch_warnings(action="ignore"):
-            return env.recover_environment(eval_env=True) if isinstance(env, minari.MinariDataset) else gym.make(env)
-    except (gym.error.Error, ImportError, ValueError) as error:
-        raise UserError(f"cannot make the environment {getattr(env, 'id', env)}: {error}") from error
+    gym.logger.min_level = gym.logger.ERROR
+    return env.recover_environment(eval_env=True) if isinstance(env, minari.MinariDataset) else gym.make(env)
 
 
 def find_file(env_id: str) -> Path:
@@ -165,7 +162,7 @@ def find_file(env_id: str) -> Path:
     folder = Path(os.environ.get("D4RL_DATASET_DIR", "~/.d4rl/datasets")).expanduser()
     path, failures = folder / (env_id.removesuffix("-v2").replace("-", "_") + "-v2.hdf5"), []
     folder.mkdir(parents=True, exist_ok=True)
-    socket.setdefaulttimeout(30)  # seconds without a byte; download_url_to_file has no timeout of its own
+    socket.setdefaulttimeout(30)  # seconds without a byte, from here on; download_url_to_file sets none
     for url in () if path.exists() else D4RL_URLS:
         print(f"downloading {url}{path.name}")
         try:
@@ -173,7 +170,6 @@ def find_file(env_id: str) -> Path:
             break
         except (OSError, HTTPException, RuntimeError) as error:  # RuntimeError: the wrong bytes
             failures.append(f"{url}: {error}")
-    socket.setdefaulttimeout(None)
     hint = f"put it at {path} by hand, or use the bundled --env-id {BUNDLED}, which needs no network"
     require(path.exists(), f"cannot download {path.name} ({'; '.join(failures)}); {hint}")
     return path
@@ -616,6 +612,6 @@ if __name__ == "__main__":
         main(tyro.cli(Args, description=__doc__))
     except KeyboardInterrupt:
         sys.exit(130)
-    except (UserError, OSError) as error:
+    except (UserError, OSError, ImportError, gym.error.Error) as error:
         print("error:", " ".join(str(error).split()), file=sys.stderr)
         sys.exit(2)

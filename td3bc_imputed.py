@@ -7,9 +7,8 @@
 # ///
 """TD3+BC on a dataset of which only a few transitions have a reward.
 
-Hides the rewards of all but 1% of a logged dataset, fits a small reward model to that 1% (Eq. 4), imputes the other 99%
-(Eq. 5), trains TD3+BC on the completed dataset and evaluates it in MuJoCo. All seeds train at once, as one batch
-dimension. The paper is Romeo & Bagdanov (2024), "Offline Reinforcement Learning with Imputed Rewards".
+Hides all but 1% of a dataset's rewards, fits a reward model to them (Eq. 4), imputes the others (Eq. 5), trains TD3+BC.
+All seeds at once. After Romeo & Bagdanov (2024), "Offline Reinforcement Learning with Imputed Rewards".
 
     python td3bc_imputed.py --num-updates 20_000                                 # the bundled dataset, no network
     python td3bc_imputed.py --env-id walker2d-medium-replay-v2 --num-seeds 5     # D4RL
@@ -28,10 +27,9 @@ import socket
 import sys
 import threading
 import time
-import warnings
 from collections import namedtuple
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from copy import deepcopy
 from dataclasses import dataclass
 from http.client import HTTPException
@@ -76,6 +74,9 @@ class Args:
     eval_episodes: int = 10  # deterministic episodes for each seed in an evaluation
     eval_seed: int = 100  # episode i is reset with eval_seed + i
     eval_workers: int = 0  # processes that evaluate while training goes on; 0 evaluates in this one
+    compile: bool = False  # compile the loss functions: the first update takes a minute, the others less
+    cuda_graph: bool = True  # on a GPU, record an update as a CUDA graph and replay it
+    matmul_precision: Literal["highest", "high", "medium"] = "highest"  # of float32 products; medium: bfloat16
     log_freq: int = 1_000  # updates between two readings of the losses
     run_dir: Path | None = None  # where to write (runs/{env_id}__{script}__{rewards}__{seed}__{unix time})
     resume: bool = False  # go on from the checkpoint in run_dir, or start if there is none
@@ -171,11 +172,8 @@ def load_dataset(env_id: str, dataset_path: Path | None = None, eval_env_id: str
 def make_env(env: str | gym.envs.registration.EnvSpec | minari.MinariDataset) -> gym.Env:
     """An evaluation environment, without the simulator's warnings about the old but comparable -v4 tasks."""
     mujoco.set_mju_user_warning(lambda message: None)  # else MUJOCO_LOG.TXT appears in the user's folder
-    try:
-        with warnings.catch_warnings(action="ignore"):
-            return env.recover_environment(eval_env=True) if isinstance(env, minari.MinariDataset) else gym.make(env)
-    except (gym.error.Error, ImportError, ValueError) as error:
-        raise UserError(f"cannot make the environment {getattr(env, 'id', env)}: {error}") from error
+    gym.logger.min_level = gym.logger.ERROR
+    return env.recover_environment(eval_env=True) if isinstance(env, minari.MinariDataset) else gym.make(env)
 
 
 def find_file(env_id: str) -> Path:
@@ -185,7 +183,7 @@ def find_file(env_id: str) -> Path:
     folder = Path(os.environ.get("D4RL_DATASET_DIR", "~/.d4rl/datasets")).expanduser()
     path, failures = folder / (env_id.removesuffix("-v2").replace("-", "_") + "-v2.hdf5"), []
     folder.mkdir(parents=True, exist_ok=True)
-    socket.setdefaulttimeout(30)  # seconds without a byte; download_url_to_file has no timeout of its own
+    socket.setdefaulttimeout(30)  # seconds without a byte, from here on; download_url_to_file sets none
     for url in () if path.exists() else D4RL_URLS:
         print(f"downloading {url}{path.name}")
         try:
@@ -193,7 +191,6 @@ def find_file(env_id: str) -> Path:
             break
         except (OSError, HTTPException, RuntimeError) as error:  # RuntimeError: the wrong bytes
             failures.append(f"{url}: {error}")
-    socket.setdefaulttimeout(None)
     hint = f"put it at {path} by hand, or use the bundled --env-id {BUNDLED}, which needs no network"
     require(path.exists(), f"cannot download {path.name} ({'; '.join(failures)}); {hint}")
     return path
@@ -350,23 +347,32 @@ def sample(data: Batch, size: tuple, generator: torch.Generator) -> Batch:
     return Batch(*(tensor[each_seed, rows] for tensor in data))
 
 
-def make_agent(data: Batch, seeds: range, learning_rate: float) -> Agent:
+def make_agent(data: Batch, seeds: range, lr: float) -> Agent:
     """Networks of all seeds; they normalise observations with the statistics of what each seed's agent may see."""
     std, mean = torch.std_mean(data.observations, dim=1, keepdim=True, correction=0)  # (seeds, 1, obs_dim)
     obs_dim, act_dim = mean.shape[-1], data.actions.shape[-1]
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     actor = Network(generators, obs_dim, 256, act_dim, mean=mean.cpu(), std=std.cpu() + 1e-3).to(mean.device)
     critic = Network(generators, obs_dim + act_dim, 256, 1, 2, mean.cpu(), std.cpu() + 1e-3).to(mean.device)
-    optimizers = [torch.optim.Adam(network.parameters(), lr=learning_rate, fused=True) for network in (actor, critic)]
+    networks = (actor, critic)
+    optimizers = [torch.optim.Adam(net.parameters(), lr=lr, fused=True, capturable=True) for net in networks]
     return Agent(actor, deepcopy(actor), critic, deepcopy(critic), *optimizers)
 
 
-def critic_loss(agent: Agent, batch: Batch, noise: torch.Tensor, args: Args) -> torch.Tensor:
-    with torch.no_grad():
-        noise = (noise * args.policy_noise).clamp(-args.noise_clip, args.noise_clip)
-        next_actions = (agent.actor_target(batch.next_observations).tanh() + noise).clamp(-1, 1)
-        next_q = agent.critic_target(batch.next_observations, next_actions, twins=2).amin(dim=0)  # (seeds, batch, 1)
-        target_q = batch.rewards + args.gamma * (1 - batch.terminals) * next_q.squeeze(-1)
+@torch.no_grad()
+def td_target(agent: Agent, batches: Batch, noise: torch.Tensor, args: Args) -> torch.Tensor:
+    """Targets of all batches of an update, (policy_freq, seeds, batch), at once: the target networks rest meanwhile."""
+    observations, noise = (tensor.transpose(0, 1).flatten(1, 2) for tensor in (batches.next_observations, noise))
+    noise = (noise * args.policy_noise).clamp(
+        -args.noise_clip, args.noise_clip
+    )  # (seeds, policy_freq * batch, act_dim)
+    actions = (agent.actor_target(observations).tanh() + noise).clamp(-1, 1)
+    next_q = agent.critic_target(observations, actions, twins=2).amin(dim=0)
+    next_q = next_q.view(batches.rewards.transpose(0, 1).shape).transpose(0, 1)
+    return batches.rewards + args.gamma * (1 - batches.terminals) * next_q
+
+
+def critic_loss(agent: Agent, batch: Batch, target_q: torch.Tensor) -> torch.Tensor:
     q = agent.critic(batch.observations, batch.actions, twins=2).squeeze(-1)  # (2, seeds, batch)
     return (q - target_q).square().mean(dim=-1).sum()  # mean over the batch, sum over twins and seeds
 
@@ -381,9 +387,12 @@ def actor_loss(agent: Agent, batch: Batch, args: Args) -> torch.Tensor:
 
 def update(agent: Agent, batches: Batch, noise: torch.Tensor, args: Args) -> dict[str, torch.Tensor]:
     """`policy_freq` critic updates, then the actor's and all targets' on the last batch; losses summed over seeds."""
-    for k in range(len(noise)):  # `batches` and the standard normal `noise` have a leading dimension of policy_freq
+    target_q = td_target(
+        agent, batches, noise, args
+    )  # of standard normal `noise`, (policy_freq, seeds, batch, act_dim)
+    for k in range(args.policy_freq):
         batch = Batch(*(tensor[k] for tensor in batches))
-        q_loss = gradient_step(agent.critic_optimizer, critic_loss(agent, batch, noise[k], args))
+        q_loss = gradient_step(agent.critic_optimizer, critic_loss(agent, batch, target_q[k]))
     pi_loss = gradient_step(agent.actor_optimizer, actor_loss(agent, batch, args))
     with torch.no_grad():
         for target, network in ((agent.critic_target, agent.critic), (agent.actor_target, agent.actor)):
@@ -432,7 +441,7 @@ def init_worker() -> None:
 class Evaluator:
     """Runs evaluation episodes, in worker processes while training goes on or (0 workers) in this one; keeps scores."""
 
-    def __init__(self, dataset: Dataset, seeds: range, episode_seeds: range, workers: int, scores: list):
+    def __init__(self, dataset: Dataset, seeds: range, episode_seeds: list, workers: int, scores: list):
         self.dataset, self.seeds, self.episode_seeds, self.scores, self.jobs = dataset, seeds, episode_seeds, scores, []
         self.pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), init_worker) if workers else None
 
@@ -479,9 +488,9 @@ def write_file(path: Path, content: bytes) -> None:
 
 def load_checkpoint(run_dir: Path, resume: bool, config: dict) -> dict | None:
     """The state to go on from, None for a run that starts; raises UserError if `run_dir` holds another run."""
-    path, free = run_dir / "checkpoint.pt", ("resume", "run_dir", "eval_workers", "track", "log_freq", "save_policy")
+    free = {"resume", "run_dir", "eval_workers", "track", "log_freq", "save_policy", "compile", "cuda_graph"}
     require(resume or not (run_dir / "config.json").exists(), f"{run_dir} already holds a run: use --resume or another")
-    if not path.exists():
+    if not (path := run_dir / "checkpoint.pt").exists():
         return None
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
@@ -493,7 +502,6 @@ def load_checkpoint(run_dir: Path, resume: bool, config: dict) -> dict | None:
     return state
 
 
-# --- The experiment ---
 def main(args: Args) -> None:
     for name, value in vars(args).items():
         least = 1 if type(value) is int and name not in ("seed", "eval_seed", "eval_workers") else 0
@@ -512,6 +520,11 @@ def main(args: Args) -> None:
         return print(f"{run_dir} holds a finished run: see its result.json and scores.csv")
     device = torch.device(args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
     device_name = torch.cuda.get_device_name() if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
+    torch.set_float32_matmul_precision(args.matmul_precision)
+    if device.type == "cuda":
+        torch.cuda.set_stream(torch.cuda.Stream())  # nothing can be recorded on the default stream
+    for loss in (td_target, critic_loss, actor_loss) if args.compile else ():
+        globals()[loss.__name__] = torch.compile(loss, fullgraph=True)
     seeds, start = range(args.seed, args.seed + args.num_seeds), time.perf_counter()
 
     # The dataset, and the few transitions of each seed whose rewards may be seen.
@@ -521,10 +534,6 @@ def main(args: Args) -> None:
     require(not oracle or not np.isnan(dataset.rewards).any(), "--rewards oracle needs every reward, but some are NaN")
     labels = np.empty((len(seeds), 0), int) if oracle else split_labels(dataset.rewards, args.label_fraction, seeds)
     run_dir.mkdir(parents=True, exist_ok=True)
-    try:
-        os.lockf(os.open(run_dir / "lock", os.O_RDWR | os.O_CREAT, 0o644), os.F_TLOCK, 0)  # held until the end
-    except BlockingIOError as error:
-        raise UserError(f"{run_dir} is in use by another process") from error
     track_id, log = state and state["track_id"], lambda metrics: None
     if args.track:
         import wandb
@@ -536,9 +545,8 @@ def main(args: Args) -> None:
         run.define_metric("*", step_metric="update")
         track_id, log = run.id, run.log
     write_file(run_dir / "config.json", json.dumps(config, indent=2).encode())
-    num_rows, num_labels = len(dataset.rewards), labels.shape[1] or len(dataset.rewards)  # the oracle draws no labels
-    print(f"dataset       {args.env_id}: {num_rows:,} transitions, {dataset.episode_ids[-1] + 1:,} episodes")
-    print(f"rewards       {args.rewards}, {num_labels:,} labelled for each of {len(seeds)} seed(s); {device_name}")
+    print(f"dataset       {args.env_id}: {len(dataset.rewards):,} transitions, {dataset.episode_ids[-1] + 1} episodes")
+    print(f"rewards       {args.rewards}, {labels.shape[1] or 'all'} labelled, {len(seeds)} seed(s); {device_name}")
 
     # The reward model is fitted to those (Eq. 4) and imputes all other rewards (Eq. 5).
     model = quality = None
@@ -555,28 +563,29 @@ def main(args: Args) -> None:
         quality = imputation_quality(rewards, dataset, labels)
         means = [f"{name} {np.mean(np.array(values, float)):.4f}" for name, values in (quality or {}).items()]
         print(f"reward model  {', '.join(means) or 'unknown quality'} on the hidden rewards")
-    fitted = time.perf_counter()
 
     # The agent, and the transitions it draws from, (seeds, rows, ...): all of them, or its labelled ones alone.
     data = Batch(*(torch.from_numpy(column).to(device).expand(len(seeds), *column.shape) for column in dataset[:5]))
     data = data._replace(rewards=torch.from_numpy(rewards).to(device))
     if args.rewards == "labeled":
         data = Batch(*(tensor[torch.arange(len(seeds))[:, None], torch.from_numpy(labels)] for tensor in data))
-    agent = make_agent(data, seeds, args.learning_rate)
+    agent, fitted = make_agent(data, seeds, args.learning_rate), time.perf_counter()
     generator = torch.Generator(device).manual_seed(args.seed)
-    num_updates, scores = 0, []
-    if state is not None:
-        num_updates, scores = state["num_updates"], state["scores"]
+    first_update, scores = (state["num_updates"], state["scores"]) if state else (0, [])
+    if state:
         generator.set_state(state["generator"])
         for name, part in agent._asdict().items():
             part.load_state_dict(state["agent"][name])
 
     # Training, with a checkpoint before every evaluation; a signal stops it after the update under way.
-    signals, episode_seeds = [], range(args.eval_seed, args.eval_seed + args.eval_episodes)
+    progress = tqdm(total=args.num_updates, initial=first_update, unit="update", disable=None)
+    num_updates, signals, graph, recorded = first_update, [], None, False
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, frame: signals.append(number))
-    evaluator = Evaluator(dataset, seeds, episode_seeds, args.eval_workers, scores)
-    progress, first_update = tqdm(total=args.num_updates, initial=num_updates, unit="update", disable=None), num_updates
+    episodes = (args.eval_seed + np.arange(args.eval_episodes)).tolist()
+    evaluator = Evaluator(dataset, seeds, episodes, args.eval_workers, scores)
+    if args.cuda_graph and device.type == "cuda":
+        (graph := torch.cuda.CUDAGraph()).register_generator_state(generator)
     while True:
         due = num_updates > 0 and (num_updates % args.eval_freq == 0 or num_updates == args.num_updates)
         if signals or (due and (not scores or scores[-1][0] < num_updates)):
@@ -595,9 +604,14 @@ def main(args: Args) -> None:
             evaluator.finish(run_dir, log)
         if num_updates == args.num_updates:
             break
-        batches = sample(data, (args.policy_freq, len(seeds), args.batch_size), generator)
-        noise = torch.randn(batches.actions.shape, generator=generator, device=device)
-        losses = update(agent, batches, noise, args)
+        if not recorded:  # without a graph, at its first 20 updates, and once to record it, which computes nothing
+            recorded = graph is not None and num_updates >= first_update + 20
+            with torch.cuda.graph(graph, stream=torch.cuda.current_stream()) if recorded else nullcontext():
+                batches = sample(data, (args.policy_freq, len(seeds), args.batch_size), generator)
+                noise = torch.randn(batches.actions.shape, generator=generator, device=device)
+                losses = update(agent, batches, noise, args)
+        if recorded:
+            graph.replay()
         num_updates += args.policy_freq
         progress.update(args.policy_freq)
         if args.track and num_updates % args.log_freq == 0:
@@ -605,10 +619,9 @@ def main(args: Args) -> None:
             log({"update": num_updates, "charts/updates_per_second": progress.format_dict["rate"]} | losses)
     progress.close()
 
-    if args.save_policy:
-        for seed, policy in zip(seeds, make_policies(agent.actor, dataset)):
-            np.savez(file := io.BytesIO(), **policy)
-            write_file(run_dir / f"policy_seed{seed}.npz", file.getvalue())
+    for seed, policy in zip(seeds, make_policies(agent.actor, dataset)) if args.save_policy else ():
+        np.savez(file := io.BytesIO(), **policy)
+        write_file(run_dir / f"policy_seed{seed}.npz", file.getvalue())
     commit = os.popen(f"git -C {shlex.quote(str(Path(__file__).parent))} rev-parse HEAD 2>{os.devnull}").read().strip()
     metric, column = ("return", 2) if np.isnan(scores[-1][3]) else ("score", 3)
     table = np.array(scores)[:, column].reshape(-1, len(seeds))  # (evaluations, seeds)
@@ -628,6 +641,6 @@ if __name__ == "__main__":
         main(tyro.cli(Args, description=__doc__))
     except KeyboardInterrupt:  # before training; from then on a signal writes a checkpoint
         sys.exit(130)
-    except (UserError, OSError) as error:
+    except (UserError, OSError, ImportError, gym.error.Error) as error:
         print("error:", " ".join(str(error).split()), file=sys.stderr)
         sys.exit(2)
