@@ -213,9 +213,9 @@ def figure2(runs, datasets, boxed, path):
         if "bc oracle 1" in found:
             axes.axhline(np.mean(found["bc oracle 1"]), color=COLORS["bc"], linestyle=":", label="BC")
         axes.set_xticks(range(len(fractions)), [f"{100 * float(fraction):g}%" for fraction in fractions])
-        axes.set(title=dataset, xlabel=f"transitions with a reward ({boxed})", xlim=(-0.6, len(fractions) - 0.4))
+        axes.set(title=dataset, xlabel="share of transitions with a reward", xlim=(-0.6, len(fractions) - 0.4))
         axes.set_ylim(bottom=min(0, axes.get_ylim()[0]))
-    panels[0][0].set_ylabel("score")
+    panels[0][0].set_ylabel(runs[0].result["metric"])
     handles = {label: handle for axes in panels[0] for handle, label in zip(*axes.get_legend_handles_labels())}
     handles |= {f"{NAMES[a]} {boxed}": plt.Rectangle((0, 0), 1, 1, facecolor=COLORS[a], hatch=h, alpha=0.8)
                 for a, h in (("td3bc", ""), ("iql", "///"))}  # fmt: skip
@@ -226,24 +226,25 @@ def figure2(runs, datasets, boxed, path):
 
 def curves(runs, datasets, path):
     """Score against updates: mean over seeds, and their standard deviation as a band."""
-    figure, panels = plt.subplots(len(datasets), 2, figsize=(6.5, 0.8 + 2.2 * len(datasets)), squeeze=False)
+    figure, panels = plt.subplots(len(datasets), 2, figsize=(6.5, 1 + 2.2 * len(datasets)), squeeze=False)
     styles = {"oracle": "-", "imputed": "--", "labeled": ":"}
+    fractions = sorted({run.setting.split()[2] for run in runs}, key=float, reverse=True)
     for axes, (dataset, algorithm) in zip(panels.flat, [(d, a) for d in datasets for a in ("td3bc", "iql")]):
         for run in runs:
-            name, rewards, _ = run.setting.split()
+            name, rewards, fraction = run.setting.split()
             if run.dataset != dataset or name not in (algorithm, "bc"):
                 continue
             updates, column = np.unique(run.scores[:, 0]), 2 if run.result["metric"] == "return" else 3
             table = run.scores[:, column].reshape(len(updates), -1)  # (evaluations, seeds)
-            color, style = ("tab:green", "-.") if name == "bc" else ("black", styles[rewards])
+            shade = str(0.7 * fractions.index(fraction) / len(fractions))  # the fewer labels, the paler
+            color, style = ("tab:green", "-.") if name == "bc" else (shade, styles[rewards])
             mean, std = table.mean(axis=1), table.std(axis=1)
             axes.plot(updates, mean, style, color=color, linewidth=1.5, label=title(run.setting).split(" ", 1)[-1])
             axes.fill_between(updates, mean - std, mean + std, color=color, alpha=0.15, linewidth=0)
         axes.set_title(f"{dataset}\n{NAMES[algorithm]}", fontsize="small")
-        axes.tick_params(labelsize="small")
-    figure.supxlabel("updates", fontsize="small")
-    figure.supylabel("score", fontsize="small")
-    panels[0][0].legend(frameon=False, fontsize="x-small")
+        axes.set(xlabel="updates", ylabel=runs[0].result["metric"])
+    handles = {label: handle for axes in panels.flat for handle, label in zip(*axes.get_legend_handles_labels())}
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=5)
     figure.set_layout_engine("constrained")
     figure.savefig(path, dpi=150)
 
