@@ -30,7 +30,8 @@ self=$(realpath "$0") home=$(dirname "$(realpath "$0")")
 cd "$home" && [[ -e td3bc_imputed.py ]] || fail "no td3bc_imputed.py in $home: submit from the folder of the scripts"
 jobs=${JOBS:-1} runs=${RUNS:-runs/benchmark} python=${PYTHON:-python}
 [[ $jobs =~ ^[1-9][0-9]*$ ]] || fail "JOBS must be a positive number, not $jobs"
-export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((($(nproc) + jobs - 1) / jobs))}
+cores=${SLURM_CPUS_PER_TASK:-$(nproc)}
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(((cores + jobs - 1) / jobs))}
 
 # Datasets, and settings: algorithm, rewards, fraction of labels.
 seeds=5 updates=1000000 more=()
