@@ -596,8 +596,8 @@ def main(args: Args) -> None:
             torch.save(state | {"generator": generator.get_state(), "track_id": track_id}, file := io.BytesIO())
             write_file(run_dir / "checkpoint.pt", file.getvalue())
             if signals:
-                command = shlex.join([sys.executable, *sys.argv, "--run-dir", str(run_dir), "--resume"])
-                tqdm.write(f"stopped after {num_updates:,} updates; go on with: {command}")
+                more = [] if args.resume else ["--run-dir", str(run_dir), "--resume"]
+                tqdm.write(f"stopped at {num_updates:,}; go on with: {shlex.join([sys.executable, *sys.argv, *more])}")
                 sys.exit(128 + signals[0])
             evaluator.start(num_updates, make_policies(agent.actor, dataset))
         if args.eval_workers == 0 or num_updates == args.num_updates:
