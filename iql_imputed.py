@@ -358,7 +358,6 @@ def make_agent(data: Batch, seeds: range, lr: float) -> Agent:
             nn.init.orthogonal_(layer.weight.data[model], 2**0.5, generator=generators[model % len(seeds)])
     networks = [network.to(device) for network in (actor, value, critic)]
     optimizers = [torch.optim.Adam(net.parameters(), lr=lr, fused=True, capturable=True) for net in networks]
-    optimizers[0].param_groups[0]["lr"] = torch.tensor(lr, device=device)  # the actor's: it has a schedule
     return Agent(*networks, deepcopy(critic).requires_grad_(False), *optimizers)
 
 
@@ -445,7 +444,7 @@ def init_worker() -> None:
 class Evaluator:
     """Runs evaluation episodes, in worker processes while training goes on or (0 workers) in this one; keeps scores."""
 
-    def __init__(self, dataset: Dataset, seeds: range, episode_seeds: list, workers: int, scores: list):
+    def __init__(self, dataset: Dataset, seeds: range, episode_seeds: range, workers: int, scores: list):
         self.dataset, self.seeds, self.episode_seeds, self.scores, self.jobs = dataset, seeds, episode_seeds, scores, []
         self.pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), init_worker) if workers else None
 
@@ -580,14 +579,15 @@ def main(args: Args) -> None:
         generator.set_state(state["generator"])
         for name, part in agent._asdict().items():
             part.load_state_dict(state["agent"][name])
+    agent.actor_optimizer.param_groups[0]["lr"] = torch.zeros((), device=device)  # a tensor, which a graph reads anew
 
     # Training, with a checkpoint before every evaluation; a signal stops it after the update under way.
     progress = tqdm(total=args.num_updates, initial=first_update, unit="update", disable=None)
     num_updates, signals, graph, recorded = first_update, [], None, False
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, frame: signals.append(number))
-    episodes = (args.eval_seed + np.arange(args.eval_episodes)).tolist()
-    evaluator = Evaluator(dataset, seeds, episodes, args.eval_workers, scores)
+    episode_seeds = range(args.eval_seed, args.eval_seed + args.eval_episodes)
+    evaluator = Evaluator(dataset, seeds, episode_seeds, args.eval_workers, scores)
     if args.cuda_graph and device.type == "cuda":
         (graph := torch.cuda.CUDAGraph()).register_generator_state(generator)
     while True:
@@ -619,8 +619,8 @@ def main(args: Args) -> None:
         num_updates += 1
         progress.update(1)
         if args.track and num_updates % args.log_freq == 0:
-            losses = {name: loss.item() / len(seeds) for name, loss in losses.items()}
-            log({"update": num_updates, "charts/updates_per_second": progress.format_dict["rate"]} | losses)
+            means = {name: loss.item() / len(seeds) for name, loss in losses.items()}
+            log({"update": num_updates, "charts/updates_per_second": progress.format_dict["rate"]} | means)
     progress.close()
 
     for seed, policy in zip(seeds, make_policies(agent.actor, dataset)) if args.save_policy else ():

@@ -30,7 +30,7 @@ def make_agent(seeds=range(NUM_SEEDS)):
 def set_learning_rate(agent, num_updates, args):
     """As main does before each update; test_run.py holds main to it."""
     rate = args.learning_rate * 0.5 * (1 + np.cos(np.pi * num_updates / args.num_updates))
-    agent.actor_optimizer.param_groups[0]["lr"].fill_(rate)
+    agent.actor_optimizer.param_groups[0]["lr"] = rate
 
 
 def train(data, num_updates, agent=None, total=1000):
