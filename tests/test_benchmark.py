@@ -8,6 +8,7 @@ import shlex
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -21,6 +22,7 @@ VERSIONS = {"torch": "2.13.0", "numpy": "2.4.6"}
 
 def bash(action, target, code=0, script=SCRIPT, **settings):
     environment = {name: value for name, value in os.environ.items() if not name.startswith("SLURM")}
+    environment |= {"PYTHON": sys.executable} if action == "report" else {}
     environment |= {name: str(value) for name, value in settings.items()}
     done = subprocess.run(
         ["bash", script, action, target], env=environment, capture_output=True, text=True, check=False

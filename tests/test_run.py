@@ -136,7 +136,7 @@ def test_workers_evaluate_to_the_same_numbers(script, tmp_path):
 
 
 def test_a_killed_worker_costs_one_warning(tmp_path):
-    arguments = [*SMALL, "--num-updates", 4000, "--eval-freq", 200, "--run-dir", "run"]
+    arguments = [*SMALL, "--num-updates", 2400, "--eval-freq", 200, "--run-dir", "run"]
     process = subprocess.Popen(
         command("td3bc_imputed.py", *arguments, "--eval-workers", 1),
         env=environment(),
@@ -201,7 +201,7 @@ def progress_of(run_dir):
     ("script", "number", "code"), [("td3bc_imputed.py", signal.SIGINT, 130), ("iql_imputed.py", signal.SIGTERM, 143)]
 )
 def test_a_signal_writes_a_checkpoint_and_says_how_to_go_on(script, number, code, tmp_path):
-    arguments = [*SMALL, "--num-updates", 3000, "--eval-freq", 1000]
+    arguments = [*SMALL, "--num-updates", 1500, "--eval-freq", 500]
     run(script, *arguments, "--run-dir", "undisturbed")
     process = subprocess.Popen(
         command(script, *arguments, "--run-dir", "stopped"), env=environment(), stdout=subprocess.PIPE, text=True
