@@ -24,9 +24,10 @@ fail() { echo "error: $*" >&2 && exit 2; }
 action=${1:-} target=${2:-}
 [[ $action =~ ^(list|run|report|one)$ && $target =~ ^(table1|figure2|labels|bundled)$ ]] ||
     fail "usage: bash benchmark.sh list|run|report table1|figure2|labels|bundled"
+[[ -z ${DATASETS:-} || -d $DATASETS ]] || fail "no folder DATASETS=$DATASETS"
 [[ -z ${DATASETS:-} ]] || DATASETS=$(realpath "$DATASETS")
 self=$(realpath "$0") home=$(dirname "$(realpath "$0")")
-[[ -z ${SLURM_ARRAY_TASK_ID:-} ]] || home=$SLURM_SUBMIT_DIR # SLURM runs a copy of this script from elsewhere
+[[ -e $home/td3bc_imputed.py ]] || home=${SLURM_SUBMIT_DIR:-$home} # SLURM runs a copy of this script from elsewhere
 cd "$home" && [[ -e td3bc_imputed.py ]] || fail "no td3bc_imputed.py in $home: submit from the folder of the scripts"
 jobs=${JOBS:-1} runs=${RUNS:-runs/benchmark} python=${PYTHON:-python}
 [[ $jobs =~ ^[1-9][0-9]*$ ]] || fail "JOBS must be a positive number, not $jobs"
@@ -47,13 +48,15 @@ case $target in
     bundled) datasets=(halfcheetah-medium-replay-mini) seeds=3 updates=10000 more=(--eval-freq 1000) ;;
 esac
 if [[ -n ${DATASETS:-} ]]; then
-    mapfile -t datasets < <(find "$DATASETS" -maxdepth 1 -name "*.hdf5" -printf "%f\n" | sed "s/.hdf5$//" | sort)
+    mapfile -t datasets < <(cd "$DATASETS" && find . -maxdepth 1 -name "*.hdf5" | LC_ALL=C sort | sed "s:./::; s:.hdf5$::")
     ((${#datasets[@]})) || fail "no .hdf5 files in DATASETS=$DATASETS"
 fi
 
 # Datasets vary fastest: runs started together download different files, and each file once.
 run_dirs() {
-    for setting in "${settings[@]}"; do printf "%s\n" "${datasets[@]/%/__${setting// /__}}"; done | sed "s:^:$runs/:"
+    for setting in "${settings[@]}"; do
+        for dataset in "${datasets[@]}"; do echo "$runs/${dataset}__${setting// /__}"; done
+    done
 }
 commands() {
     for setting in "${settings[@]}"; do
@@ -76,7 +79,7 @@ one() {
     total=$(run_dirs | wc -l)
     command=$(commands | sed -n "$((number + 1))p") run_dir=$(run_dirs | sed -n "$((number + 1))p")
     [[ -n $command ]] || fail "$target has lines 0 to $((total - 1)), not $number"
-    if [[ -e $run_dir/result.json ]]; then
+    if [[ -e $run_dir/result.json && $(cat "$run_dir/command" 2>/dev/null) == "$command" ]]; then
         echo "[$((number + 1))/$total] finished before: $run_dir"
         return 0
     fi
@@ -87,6 +90,7 @@ one() {
         eval "$command"
     fi
     code=$?
+    ((code)) || echo "$command" >"$run_dir/command" # the same words finish no other run than this one
     if ((code)); then
         echo "[$((number + 1))/$total] failed with exit code $code: $command"
         [[ -z ${FAILED:-} ]] || echo "$command" >>"$FAILED"
@@ -97,10 +101,10 @@ one() {
 }
 
 case $action in
-    list) commands && exit ;;
-    one) # for xargs, which goes on after any code but 255; codes above 128 are those of signals
+    list) commands; exit ;;
+    one) # for xargs, which goes on after any code but 255: a run stopped by Ctrl-C or SIGTERM stops the others
         one "$3"
-        (($? < 128)) && exit 0 || exit 255 ;;
+        case $? in 130 | 143) exit 255 ;; *) exit 0 ;; esac ;;
     run)
         if [[ -n ${SLURM_ARRAY_TASK_ID:-} ]]; then
             one "$SLURM_ARRAY_TASK_ID" && exit || exit
@@ -153,10 +157,8 @@ def title(setting):
 
 
 def read_run(path):
-    """A finished run, or None; its setting is in the name of its folder: dataset__algorithm__rewards__fraction."""
+    """A finished run; its setting is in the name of its folder: dataset__algorithm__rewards__fraction."""
     dataset, *setting = path.name.rsplit("__", 3)
-    if not (path / "result.json").exists():
-        return None
     scores = np.loadtxt(path / "scores.csv", delimiter=",", skiprows=1, ndmin=2)  # update, seed, return, score
     config, result = (json.loads((path / name).read_text()) for name in ("config.json", "result.json"))
     return Run(dataset, " ".join(setting), path, config, result, scores)
@@ -164,9 +166,9 @@ def read_run(path):
 
 def protocol(run):
     """What must be the same for runs to stand in one table."""
-    names = ("metric", "num_updates", "eval_episodes")
-    parts = {name: run.result[name] for name in names} | {"seeds": len(run.result["per_seed"])} | run.result["versions"]
-    parts |= {"matmul_precision": run.config["matmul_precision"]}
+    names = "num_updates eval_episodes seed num_seeds eval_seed batch_size learning_rate gamma tau matmul_precision"
+    names += " reward_hidden_dim reward_epochs reward_learning_rate reward_batch_size"
+    parts = {name: run.config.get(name) for name in names.split()} | run.result["versions"]
     return tuple(f"{name} {value}" for name, value in parts.items())
 
 
@@ -251,7 +253,7 @@ def curves(runs, datasets, path):
 
 
 target, paths = sys.argv[1], [Path(path) for path in sys.argv[2:]]
-found = [run for path in paths if (run := read_run(path))]
+found = [read_run(path) for path in paths if (path / "result.json").exists()]
 if not found:
     sys.exit(f"error: no finished run of {target} in {paths[0].parent}")
 common, _ = Counter(map(protocol, found)).most_common(1)[0]
@@ -261,7 +263,7 @@ settings = list(dict.fromkeys(" ".join(path.name.rsplit("__", 3)[1:]) for path i
 seeds = {(run.dataset, run.setting): run.result["per_seed"] for run in runs}
 
 commits = sorted({str(run.result["commit"])[:9] for run in runs})
-print(f"# {target}\n\n{len(runs)} of {len(paths)} runs; {', '.join(common)}; commit {', '.join(commits)}.")
+print(f"# {target}\n\n{len(runs)} of {len(paths)} runs, commit {', '.join(commits)}; {', '.join(common)}.")
 print("Mean ± std over seeds of the last evaluation; in brackets the paper's figure.\n")
 rows, columns = [], defaultdict(list)
 for dataset in datasets:
@@ -274,7 +276,8 @@ for dataset in datasets:
         row.append(cell + (f" ({paper:.1f})" if paper is not None else ""))
     rows.append(row)
 means = {key: average(values) for key, values in columns.items()}
-if "metric score" in common and len(datasets) > 1:
+scores_alone = all(run.result["metric"] == "score" for run in runs)  # raw returns of several tasks have no mean
+if scores_alone and len(datasets) > 1:
     ours = ["" if means[setting] is None else f"{means[setting]:.1f}" for setting in settings]
     paper = ["" if means[setting, "paper"] is None else f" ({means[setting, 'paper']:.1f})" for setting in settings]
     rows.append(["average", *map("".join, zip(ours, paper))])
@@ -284,11 +287,11 @@ for algorithm in ("td3bc", "iql"):
         settings_row = [(columns[imputed][i], columns[oracle][i]) for i in range(len(datasets))]
         settings_row += [(means[imputed], means[oracle])] * (len(rows) - len(datasets))
         for row, (above, below) in zip(rows, settings_row):
-            row.append(f"{above / below:.2f}" if above is not None and below else "")
+            row.append(f"{above / below:.2f}" if above is not None and (below or 0) > 0 else "")
 ratios = [f"{NAMES[a]} imputed / 100%" for a in ("td3bc", "iql") if f"{a} oracle 1" in settings]
 print_table(["dataset", *map(title, settings), *ratios], rows)
 
-if "metric score" in common:
+if scores_alone:
     rows = []
     for setting in settings:
         scores = np.array([seeds[dataset, setting] for dataset in datasets if (dataset, setting) in seeds])

@@ -74,7 +74,7 @@ class Args:
     eval_workers: int = 0  # processes that evaluate while training goes on; 0 evaluates in this one
     compile: bool = False  # compile the loss functions: the first update takes a minute, the others less
     cuda_graph: bool = True  # on a GPU, record an update as a CUDA graph and replay it
-    matmul_precision: Literal["highest", "high", "medium"] = "highest"  # of float32 products; medium: bfloat16
+    matmul_precision: Literal["highest", "high", "medium"] = "highest"  # of float32 products; medium: bfloat16 on a CPU
     log_freq: int = 1_000  # updates between two readings of the losses
     run_dir: Path | None = None  # where to write (runs/{env_id}__{script}__{rewards}__{seed}__{unix time})
     resume: bool = False  # go on from the checkpoint in run_dir, or start if there is none
@@ -139,6 +139,7 @@ def load_dataset(env_id: str, dataset_path: Path | None = None, eval_env_id: str
     elif "/" in env_id or env_id in minari.list_local_datasets():
         try:
             source = minari.load_dataset(env_id, download=True)
+            make_env(eval_env_id or source)  # a dataset may have none
         except Exception as error:  # unknown id, no network, damaged files: Minari has no common error for them
             raise UserError(f"cannot load the Minari dataset {env_id}: {error}") from error
         ref_min, ref_max = (source.storage.metadata.get(f"ref_{end}_score", np.nan) for end in ("min", "max"))
@@ -403,7 +404,7 @@ def update(agent: Agent, batch: Batch, args: Args) -> dict[str, torch.Tensor]:
     return {"losses/value_loss": v_loss, "losses/actor_loss": pi_loss, "losses/critic_loss": q_loss}
 
 
-# --- Evaluation ---
+# --- Evaluation and run directory ---
 class Policy(dict):
     """One seed's actor in numpy: an observation (obs_dim,) -> an action (act_dim,) within the environment's bounds."""
 
@@ -475,10 +476,9 @@ class Evaluator:
         log(means | {f"charts/{metric}_seed{seed}": value for seed, value in zip(self.seeds, values.tolist())})
 
 
-# --- Run directory ---
 def write_file(path: Path, content: bytes) -> None:
     """Write beside, flush to disk, rename: whoever reads `path` finds the old content or the new, never a part."""
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
             file.write(content)
@@ -506,20 +506,19 @@ def load_checkpoint(run_dir: Path, resume: bool, config: dict) -> dict | None:
 
 
 def main(args: Args) -> None:
-    for name, value in vars(args).items():
-        least = 1 if type(value) is int and name not in ("seed", "eval_seed", "eval_workers") else 0
-        most = 1 if name in ("gamma", "tau", "label_fraction") else sys.float_info.max
-        fine = type(value) not in (int, float) or least <= value <= most
-        require(fine, f"--{name.replace('_', '-')} cannot be {value}")
+    for name, value in ((name.replace("_", "-"), value) for name, value in vars(args).items()):
+        least = 1 if type(value) is int and name not in ("seed", "eval-seed", "eval-workers") else 0
+        most = 1 if name in ("gamma", "tau", "label-fraction") else sys.float_info.max
+        require(type(value) not in (int, float) or least <= value <= most, f"--{name} cannot be {value}")
     require(args.run_dir or not args.resume, "--resume needs the --run-dir to go on from")
     require(args.device != "cuda" or torch.cuda.is_available(), "--device cuda: there is no usable GPU here")
-    config = json.loads(json.dumps(vars(args), default=str))
+    device = torch.device(args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
+    config = json.loads(json.dumps(vars(args) | {"device": device.type}, default=str))
     name = f"{args.env_id.replace('/', '-')}__{Path(__file__).stem}__{args.rewards}__{args.seed}__{int(time.time())}"
     run_dir = args.run_dir or Path("runs") / name
     state = load_checkpoint(run_dir, args.resume, config)
     if (run_dir / "result.json").exists():
         return print(f"{run_dir} holds a finished run: see its result.json and scores.csv")
-    device = torch.device(args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
     device_name = torch.cuda.get_device_name() if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
     torch.set_float32_matmul_precision(args.matmul_precision)
     if device.type == "cuda":
@@ -590,6 +589,7 @@ def main(args: Args) -> None:
     evaluator = Evaluator(dataset, seeds, episode_seeds, args.eval_workers, scores)
     if args.cuda_graph and device.type == "cuda":
         (graph := torch.cuda.CUDAGraph()).register_generator_state(generator)
+        torch.optim.Optimizer._warned_capturable_if_run_uncaptured = True  # the first updates are, on purpose
     while True:
         due = num_updates > 0 and (num_updates % args.eval_freq == 0 or num_updates == args.num_updates)
         if signals or (due and (not scores or scores[-1][0] < num_updates)):

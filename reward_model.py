@@ -120,6 +120,7 @@ def load_dataset(env_id: str, dataset_path: Path | None = None, eval_env_id: str
     elif "/" in env_id or env_id in minari.list_local_datasets():
         try:
             source = minari.load_dataset(env_id, download=True)
+            make_env(eval_env_id or source)  # a dataset may have none
         except Exception as error:  # unknown id, no network, damaged files: Minari has no common error for them
             raise UserError(f"cannot load the Minari dataset {env_id}: {error}") from error
         ref_min, ref_max = (source.storage.metadata.get(f"ref_{end}_score", np.nan) for end in ("min", "max"))
@@ -316,7 +317,7 @@ def imputation_quality(imputed: np.ndarray, dataset: Dataset, labels: np.ndarray
 
 def write_file(path: Path, content: bytes) -> None:
     """Write beside, flush to disk, rename: whoever reads `path` finds the old content or the new, never a part."""
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
             file.write(content)

@@ -64,7 +64,8 @@ def test_a_wrong_word_is_an_error_with_the_usage(words):
     assert "usage: bash benchmark.sh list|run|report" in bash(*words, code=2)
 
 
-def test_an_empty_folder_and_a_wrong_number_of_jobs_are_errors(tmp_path):
+def test_wrong_settings_are_errors(tmp_path):
+    assert "no folder DATASETS=/no/such" in bash("list", "table1", code=2, DATASETS="/no/such")
     assert "no .hdf5 files" in bash("list", "table1", code=2, DATASETS=tmp_path)
     assert "JOBS must be" in bash("list", "table1", code=2, JOBS="many")
 
@@ -93,6 +94,20 @@ def test_run_goes_on_past_a_failure_and_when_repeated_runs_only_that(stand_in, t
     output = bash("run", "bundled", JOBS=jobs, **stand_in)
     assert output.count("finished before") == 6
     assert len((tmp_path / "calls").read_text().splitlines()) == 8
+
+
+def test_a_finished_run_does_not_finish_one_of_other_settings(stand_in, tmp_path):
+    (tmp_path / "repaired").touch()
+    bash("run", "bundled", **stand_in)
+    assert bash("run", "bundled", **stand_in).count("finished before") == 7
+    assert "finished before" not in bash("run", "bundled", UPDATES=7, **stand_in)
+
+
+def test_a_run_killed_by_the_system_does_not_stop_the_others(stand_in, tmp_path):
+    text = (tmp_path / "stand_in.sh").read_text()
+    (tmp_path / "stand_in.sh").write_text(text.replace("exit 2; fi", "kill -9 $$; fi"))
+    assert "failed, 1 of 7:" in bash("run", "bundled", code=1, **stand_in)
+    assert len((tmp_path / "calls").read_text().splitlines()) == 7
 
 
 def test_jobs_share_the_cores(stand_in, tmp_path):
@@ -137,7 +152,8 @@ def make_run(folder, name, per_seed, num_updates=20, versions=VERSIONS, metric="
     result = {"metric": metric, "mean": sum(per_seed) / len(per_seed), "std": 0.0, "per_seed": per_seed}
     result |= {"num_updates": num_updates, "eval_episodes": 10, "versions": versions, "commit": "0123456789abcdef"}
     (run_dir / "result.json").write_text(json.dumps(result))
-    (run_dir / "config.json").write_text(json.dumps({"matmul_precision": "highest"}))
+    config = {"num_updates": num_updates, "eval_episodes": 10, "num_seeds": len(per_seed), "batch_size": 256}
+    (run_dir / "config.json").write_text(json.dumps(config))
     rows = [f"{u},{k},{s},{s}" for u in (num_updates // 2, num_updates) for k, s in enumerate(per_seed)]
     (run_dir / "scores.csv").write_text("\n".join(["update,seed,return,score", *rows]) + "\n")
 
@@ -160,8 +176,8 @@ def test_the_report_has_the_statistics_known_by_hand(workplace):
     make_run(runs, "walker2d-medium-v2__td3bc__oracle__1", [40.0, 50.0, 60.0, 70.0])
     make_run(runs, "hopper-medium-v2__td3bc__imputed__0.01", [9.0, 9.0, 9.0, 9.0])
     output = report(workplace, "table1")
-    assert "3 of 63 runs; metric score, num_updates 20, eval_episodes 10, seeds 4" in output
-    assert "torch 2.13.0" in output and "commit 012345678" in output
+    assert "3 of 63 runs, commit 012345678; num_updates 20, eval_episodes 10, " in output
+    assert "num_seeds 4" in output and "torch 2.13.0" in output
     hopper = next(line for line in output.splitlines() if line.startswith("| hopper-medium-v2"))
     cells = [cell.strip() for cell in hopper.split("|")]
     assert cells[2] == "15.0 ± 11.2 (59.3)"  # the population's std of 0, 10, 20, 30 is 11.18
@@ -217,7 +233,7 @@ def test_every_target_has_a_table_and_two_pictures(workplace, target):
 def test_raw_returns_are_not_averaged_over_tasks(workplace):
     make_run(workplace[1], "hopper-medium-v2__td3bc__oracle__1", [1.0, 2.0], metric="return")
     output = report(workplace, "table1")
-    assert "metric return" in output and "average" not in output and "IQM" not in output
+    assert "1.5 ± 0.5" in output and "average" not in output and "IQM" not in output
 
 
 def test_without_a_finished_run_the_report_says_so(workplace):
