@@ -48,7 +48,7 @@ case $target in
     bundled) datasets=(halfcheetah-medium-replay-mini) seeds=3 updates=10000 more=(--eval-freq 1000) ;;
 esac
 if [[ -n ${DATASETS:-} ]]; then
-    mapfile -t datasets < <(cd "$DATASETS" && find . -maxdepth 1 -name "*.hdf5" | LC_ALL=C sort | sed "s:./::; s:.hdf5$::")
+    mapfile -t datasets < <(cd "$DATASETS" && find . -maxdepth 1 -name \*.hdf5 | LC_ALL=C sort | sed "s:./::; s:.hdf5$::")
     ((${#datasets[@]})) || fail "no .hdf5 files in DATASETS=$DATASETS"
 fi
 

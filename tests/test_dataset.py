@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import gymnasium as gym
 import h5py
 import minari
 import numpy as np
@@ -197,6 +198,14 @@ def make_minari(env_id="Wide-v0", dataset_id="tests/wide-v0", reward=None, **kwa
         )
     minari.create_dataset_from_buffers(dataset_id, episodes, env=env_id, **kwargs)
     return episodes
+
+
+def test_a_minari_dataset_without_an_environment_is_refused():
+    spaces = {"observation_space": gym.spaces.Box(-9, 9, (1,)), "action_space": gym.spaces.Box(0, 10, (2,))}
+    make_minari(None, "tests/nowhere-v0", **spaces)
+    with pytest.raises(script.UserError, match="cannot load the Minari dataset tests/nowhere-v0: .*env_spec"):
+        script.load_dataset("tests/nowhere-v0")
+    assert script.load_dataset("tests/nowhere-v0", None, "Wide-v0").env_spec.id == "Wide-v0"
 
 
 def test_minari_episodes_lose_no_step_and_actions_are_scaled(tmp_path):

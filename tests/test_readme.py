@@ -94,5 +94,5 @@ def test_every_option_named_exists():
         importlib.import_module(name) for name in ("td3bc_imputed", "iql_imputed", "reward_model", "benchmark_speed")
     ]
     known = {"--" + name.replace("_", "-") for module in modules for name in vars(module.Args())}
-    known |= {"--help", "--no-cuda-graph", "--index-url", "--array"}  # tyro's, pip's and sbatch's
+    known |= {"--help", "--no-cuda-graph", "--index-url", "--array", "--cpus-per-task"}  # tyro's, pip's and sbatch's
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", README)) <= known
