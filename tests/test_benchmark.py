@@ -21,7 +21,7 @@ VERSIONS = {"torch": "2.13.0", "numpy": "2.4.6"}
 
 
 def bash(action, target, code=0, script=SCRIPT, **settings):
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("SLURM")}
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM", "OMP"))}
     environment |= {"PYTHON": sys.executable} if action == "report" else {}
     environment |= {name: str(value) for name, value in settings.items()}
     done = subprocess.run(
@@ -173,20 +173,23 @@ def report(workplace, target, **settings):
 def test_the_report_has_the_statistics_known_by_hand(workplace):
     folder, runs = workplace
     make_run(runs, "hopper-medium-v2__td3bc__oracle__1", [0.0, 10.0, 20.0, 30.0])
-    make_run(runs, "walker2d-medium-v2__td3bc__oracle__1", [40.0, 50.0, 60.0, 70.0])
+    make_run(runs, "walker2d-medium-v2__td3bc__oracle__1", [40.0, 50.0, 100.0, 700.0])
+    make_run(runs, "hopper-medium-v2__iql__labeled__0.01", [0.0] * 4)
+    make_run(runs, "walker2d-medium-v2__iql__labeled__0.01", [10.0] * 4)
     make_run(runs, "hopper-medium-v2__td3bc__imputed__0.01", [9.0, 9.0, 9.0, 9.0])
     output = report(workplace, "table1")
-    assert "3 of 63 runs, commit 012345678; num_updates 20, eval_episodes 10, " in output
+    assert "5 of 63 runs, commit 012345678; num_updates 20, eval_episodes 10, " in output
     assert "num_seeds 4" in output and "torch 2.13.0" in output
     hopper = next(line for line in output.splitlines() if line.startswith("| hopper-medium-v2"))
     cells = [cell.strip() for cell in hopper.split("|")]
     assert cells[2] == "15.0 ± 11.2 (59.3)"  # the population's std of 0, 10, 20, 30 is 11.18
     assert cells[4] == "9.0 ± 0.0 (58.1)" and cells[3] == "(11.3)" and cells[9] == "0.60"
-    assert "| TD3+BC 100% | 35.0 |" in output  # the middle four of 0, 10, ..., 70
+    assert "| TD3+BC 100% | 35.0 |" in output  # the middle four of 0, 10, 20, 30, 40, 50, 100, 700
+    assert "| IQL 1% | 5.0 | 5.0 to 5.0 | 2 |" in output  # drawn within each task, equal seeds leave no interval
     assert "| TD3+BC 1% + imputed | 9.0 | 9.0 to 9.0 | 1 |" in output
-    assert output.count("- missing: ") == 60 and "- missing: runs/benchmark/hopper-medium-v2__bc__oracle__1" in output
+    assert output.count("- missing: ") == 58 and "- missing: runs/benchmark/hopper-medium-v2__bc__oracle__1" in output
     rows = list(csv.DictReader((folder / "results" / "table1.csv").open()))
-    assert len(rows) == 3
+    assert len(rows) == 5
     assert [rows[0][key] for key in ("dataset", "algorithm", "mean", "paper")] == [
         "hopper-medium-v2",
         "td3bc",

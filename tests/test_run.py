@@ -217,8 +217,9 @@ def test_a_signal_writes_a_checkpoint_and_says_how_to_go_on(script, number, code
 
 
 def test_a_run_directory_is_never_overwritten(tmp_path):
-    arguments = [*SMALL, "--num-updates", 20, "--run-dir", "run"]
+    arguments = [*SMALL, "--num-updates", 20, "--run-dir", "run", "--device", "auto"]
     run("td3bc_imputed.py", *arguments)
+    assert json.loads(Path("run/config.json").read_text())["device"] in ("cpu", "cuda"), "it cannot go on elsewhere"
     before = {path: path.read_bytes() for path in Path("run").iterdir()}
     assert "already holds a run" in run("td3bc_imputed.py", *arguments, code=2)
     assert "finished" in run("td3bc_imputed.py", *arguments, "--resume")
