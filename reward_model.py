@@ -91,10 +91,8 @@ D4RL_TASKS = {  # evaluation environment, returns of a random and of an expert p
     "hopper": ("Hopper-v4", -20.272305, 3234.3),
     "walker2d": ("Walker2d-v4", 1.629008, 4592.3),
 }
-D4RL_URLS = (  # the official host has been down for days at a time
-    "https://rail.eecs.berkeley.edu/datasets/offline_rl/gym_mujoco_v2/",
-    "https://huggingface.co/datasets/imone/D4RL/resolve/main/",
-)
+D4RL_URLS = ["https://rail.eecs.berkeley.edu/datasets/offline_rl/gym_mujoco_v2/"]  # has been down for days at a time
+D4RL_URLS += ["https://huggingface.co/datasets/imone/D4RL/resolve/main/"]
 
 
 class Dataset(NamedTuple):
@@ -207,12 +205,15 @@ def read_minari(dataset: minari.MinariDataset) -> tuple[np.ndarray, ...]:
 
 # --- Seeds as a batch dimension ---
 class BatchedLinear(nn.Module):
-    """`num_models` linear layers side by side: (num_models, batch, in_dim) -> (num_models, batch, out_dim)."""
+    """One linear layer a generator, side by side: (models, batch, in_dim) -> (models, batch, out_dim)."""
 
-    def __init__(self, num_models: int, in_dim: int, out_dim: int):
+    def __init__(self, generators: list, in_dim: int, out_dim: int):
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(num_models, in_dim, out_dim))
-        self.bias = nn.Parameter(torch.empty(num_models, 1, out_dim))
+        self.weight = nn.Parameter(torch.empty(len(generators), in_dim, out_dim))
+        self.bias = nn.Parameter(torch.empty(len(generators), 1, out_dim))
+        for *tensors, generator in zip(self.weight.data, self.bias.data, generators):  # initialised as nn.Linear is
+            for tensor in tensors:
+                nn.init.uniform_(tensor, -(in_dim**-0.5), in_dim**-0.5, generator=generator)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if len(x) == len(self.weight):
@@ -228,12 +229,7 @@ class Network(nn.Module):
         self.register_buffer("mean", torch.zeros(len(generators), 1, 1) + mean)  # (seeds, 1, obs_dim)
         self.register_buffer("std", torch.zeros(len(generators), 1, 1) + std)
         shapes = (in_dim, hidden_dim), (hidden_dim, hidden_dim), (hidden_dim, out_dim)
-        first, second, third = (BatchedLinear(twins * len(generators), *shape) for shape in shapes)
-        for layer in (first, second, third):  # initialised as nn.Linear is, by each seed's own generator
-            bound = layer.weight.shape[1] ** -0.5
-            for model, generator in enumerate(generators * twins):
-                nn.init.uniform_(layer.weight.data[model], -bound, bound, generator=generator)
-                nn.init.uniform_(layer.bias.data[model], -bound, bound, generator=generator)
+        first, second, third = (BatchedLinear(generators * twins, *shape) for shape in shapes)
         self.mlp = nn.Sequential(first, nn.ReLU(inplace=True), second, nn.ReLU(inplace=True), third)
 
     def forward(self, observations: torch.Tensor, *actions: torch.Tensor, twins: int = 1) -> torch.Tensor:
@@ -242,19 +238,25 @@ class Network(nn.Module):
         return self.mlp(x) if twins == 1 else self.mlp(x.repeat(twins, 1, 1)).view(twins, *x.shape[:2], -1)
 
 
-def gradient_step(optimizer: torch.optim.Adam, loss: torch.Tensor) -> torch.Tensor:
-    """Step on the gradients of the optimizer's own parameters, and of no others; returns the loss, detached."""
-    optimizer.zero_grad()
-    loss.backward(inputs=optimizer.param_groups[0]["params"])
+def loss_and_gradients(loss_function, parameters: list, *inputs) -> tuple:
+    """Each seed's loss, (seeds,), and the gradients of their sum; both directions in one, for --compile."""
+    loss = loss_function(*inputs)
+    return loss.detach(), torch.autograd.grad(loss.sum(), parameters)
+
+
+def gradient_step(optimizer: torch.optim.Adam, loss_function, *inputs) -> torch.Tensor:
+    """Step on the gradients of the optimizer's own parameters, and of no others; returns the loss, (seeds,)."""
+    loss, gradients = loss_and_gradients(loss_function, parameters := optimizer.param_groups[0]["params"], *inputs)
+    for parameter, gradient in zip(parameters, gradients):
+        parameter.grad = gradient
     optimizer.step()
-    return loss.detach()
+    return loss
 
 
 # --- Reward model ---
 def split_labels(rewards: np.ndarray, label_fraction: float | None, seeds: range) -> np.ndarray:
     """Indices of each seed's labelled transitions, (seeds, labels), drawn uniformly from the known rewards."""
-    known = np.flatnonzero(~np.isnan(rewards))
-    require(len(known), "no transition is labelled: every reward is NaN")
+    require(len(known := np.flatnonzero(~np.isnan(rewards))), "no transition is labelled: every reward is NaN")
     fraction = label_fraction if label_fraction is not None else 0.01 if len(known) == len(rewards) else 1.0
     num_labels = max(1, round(fraction * len(known)))
     labels = np.sort([np.random.default_rng(seed).choice(known, num_labels, replace=False) for seed in seeds], axis=1)
@@ -271,32 +273,31 @@ class RewardModel(Network):
         super().__init__(generators, len(mean) + dataset.actions.shape[1], hidden_dim, 1, mean=mean, std=std + 1e-3)
         self.generators = generators  # for the order of the labelled transitions in each epoch
 
+    def squared_error(self, observations: torch.Tensor, actions: torch.Tensor, rewards: torch.Tensor) -> torch.Tensor:
+        return (self(observations, actions).squeeze(-1) - rewards).square().mean(dim=1)  # Eq. 4, (seeds,)
+
 
 def train_reward_model(model: RewardModel, dataset: Dataset, labels: np.ndarray, epochs: int, lr: float, batch: int):
     """Fit each seed's model to its labelled transitions (Eq. 4); returns the losses (epochs, seeds)."""
     device = model.mean.device
     optimizer = torch.optim.Adam(model.parameters(), lr=lr, fused=True)
-    observations, actions, rewards = (torch.from_numpy(column[labels]).to(device) for column in dataset[:3])
+    labelled = [torch.from_numpy(column[labels]).to(device) for column in dataset[:3]]  # (seeds, labels, ...)
     each_seed = torch.arange(len(labels), device=device)[:, None]
     losses = torch.zeros(epochs, len(labels), device=device)
     for epoch in tqdm(range(epochs), "reward model", unit="epoch", leave=False, disable=None):
         order = torch.stack([torch.randperm(labels.shape[1], generator=generator) for generator in model.generators])
         for rows in order.to(device).split(batch, dim=1):  # (seeds, batch)
-            predicted = model(observations[each_seed, rows], actions[each_seed, rows]).squeeze(-1)
-            loss = (predicted - rewards[each_seed, rows]).square().mean(dim=1)  # Eq. 4, (seeds,)
-            gradient_step(optimizer, loss.sum())
-            losses[epoch] += loss.detach() * rows.shape[1] / labels.shape[1]
+            inputs = (column[each_seed, rows] for column in labelled)
+            losses[epoch] += gradient_step(optimizer, model.squared_error, *inputs) * rows.shape[1] / labels.shape[1]
     return losses.cpu().numpy()
 
 
 @torch.no_grad()
 def impute_rewards(model: RewardModel, dataset: Dataset, labels: np.ndarray) -> np.ndarray:
     """Each seed's rewards, (seeds, N): those labelled for it as they are, f(s, a) for all others (Eq. 5)."""
-    rewards = np.empty((len(labels), len(dataset.rewards)), np.float32)
-    for start in range(0, len(dataset.rewards), 16384):  # in chunks: the hidden layers of all rows would be large
-        rows = slice(start, start + 16384)
-        inputs = (torch.from_numpy(column[rows]).to(model.mean.device) for column in dataset[:2])
-        rewards[:, rows] = model(*(column.expand(len(labels), -1, -1) for column in inputs)).squeeze(-1).cpu().numpy()
+    chunks = zip(*(torch.from_numpy(column).to(model.mean.device).split(16384) for column in dataset[:2]))
+    rewards = [model(*(column.expand(len(labels), -1, -1) for column in chunk)).squeeze(-1) for chunk in chunks]
+    rewards = torch.cat(rewards, dim=1).cpu().numpy()  # in chunks: the hidden layers of all rows would be large
     np.put_along_axis(rewards, labels, dataset.rewards[labels], axis=1)
     return rewards
 

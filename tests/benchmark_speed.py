@@ -28,7 +28,7 @@ import td3bc_imputed
 
 OBS_DIM, ACT_DIM, ROWS, BATCH = 17, 6, 100_000, 256  # HalfCheetah's
 SCRIPTS = {"TD3+BC": td3bc_imputed, "IQL": iql_imputed}
-LOSSES = {"TD3+BC": ("td_target", "critic_loss", "actor_loss"), "IQL": ("value_loss", "actor_loss", "critic_loss")}
+FUNCTIONS = {"TD3+BC": ("td_target", "loss_and_gradients"), "IQL": ("loss_and_gradients",)}  # by --compile
 Version = namedtuple("Version", "agent num_seeds precision compile graph")
 
 
@@ -99,14 +99,16 @@ def our_step(version: Version, device: str):
     return step, updates
 
 
-EAGER = {(name, loss): getattr(SCRIPTS[name], loss) for name in SCRIPTS for loss in LOSSES[name]}
-COMPILED = {key: torch.compile(loss, fullgraph=True, dynamic=False) for key, loss in EAGER.items()}
+torch._dynamo.config.trace_autograd_ops = True
+torch._dynamo.config.recompile_limit = 100  # a script compiles for one number of seeds, this for several
+EAGER = {(name, function): getattr(SCRIPTS[name], function) for name in SCRIPTS for function in FUNCTIONS[name]}
+COMPILED = {key: torch.compile(function, fullgraph=True, dynamic=False) for key, function in EAGER.items()}
 
 
 def configure(version: Version) -> None:
     torch.set_float32_matmul_precision(version.precision)
-    for name, loss in EAGER:
-        setattr(SCRIPTS[name], loss, (COMPILED if version.compile else EAGER)[name, loss])
+    for name, function in EAGER:
+        setattr(SCRIPTS[name], function, (COMPILED if version.compile else EAGER)[name, function])
 
 
 def measure(step, updates: int, num_updates: int, device: str) -> float:

@@ -120,7 +120,7 @@ def test_log_std_is_clipped_and_actions_at_the_bounds_give_finite_losses(log_std
     observations = 100 * torch.ones(NUM_SEEDS, 8, OBS_DIM)
     clipped = min(max(log_std, -5.0), 2.0)
     mean = agent.actor.mlp(observations).tanh()
-    expected = -torch.distributions.Normal(mean, np.exp(clipped)).log_prob(actions).sum(-1).mean(-1).sum()
+    expected = -torch.distributions.Normal(mean, np.exp(clipped)).log_prob(actions).sum(-1).mean(-1)
     batch = script.Batch(observations, actions, None, None, None)
     loss = script.actor_loss(agent, batch, agent.value(observations).detach(), script.Args())  # weights exp(0)
     torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-3)
