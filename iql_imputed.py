@@ -72,7 +72,7 @@ class Args:
     eval_episodes: int = 10  # deterministic episodes for each seed in an evaluation
     eval_seed: int = 100  # episode i is reset with eval_seed + i
     eval_workers: int = 0  # processes that evaluate while training goes on; 0 evaluates in this one
-    compile: bool = False  # compile losses and gradients: the first update takes a minute, the others less
+    compile: bool = False  # compile losses and gradients: takes half a minute, then an update takes less
     cuda_graph: bool = True  # on a GPU, record an update as a CUDA graph and replay it
     matmul_precision: Literal["highest", "high", "medium"] = "highest"  # of float32 products; medium: bfloat16 on a CPU
     log_freq: int = 1_000  # updates between two readings of the losses

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 import tyro
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
@@ -121,32 +122,25 @@ def measure(step, updates: int, num_updates: int, device: str) -> float:
     return num_updates / (time.perf_counter() - start)
 
 
+class OperatorCounter(TorchDispatchMode):
+    """Counts what is called below autograd and does work: no views, no allocations."""
+
+    count = 0
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        self.count += not operator.is_view and "empty" not in operator.name()
+        return operator(*args, **(kwargs or {}))
+
+
 def floor(version: Version, device: str) -> dict[str, float]:
     """What one update of one seed cannot do without: floating-point operations, and operators (kernels on a GPU)."""
     configure(version)
     step, updates = our_step(version._replace(graph=False), device)
     step()
-    with FlopCounterMode(display=False) as counter:
+    with FlopCounterMode(display=False) as flop, OperatorCounter() as operators:
         step()
-    with torch.profiler.profile() as profile:
-        step()
-    views = (
-        "view",
-        "expand",
-        "transpose",
-        "select",
-        "slice",
-        "unsqueeze",
-        "squeeze",
-        "as_strided",
-        "t",
-        "empty",
-        "detach",
-    )
-    names = [e.name for e in profile.events() if e.name.startswith("aten::") and not e.cpu_children]
-    operators = sum(name.removeprefix("aten::").split("_strided")[0] not in views for name in names)
-    flop = counter.get_total_flops() / updates / version.num_seeds
-    return {"MFLOP_per_seed_update": flop / 1e6, "operators_per_update": operators / updates}
+    flop_per_update = flop.get_total_flops() / updates / version.num_seeds
+    return {"MFLOP_per_seed_update": flop_per_update / 1e6, "operators_per_update": operators.count / updates}
 
 
 def draw(rows: list[dict], path: Path) -> None:
