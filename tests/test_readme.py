@@ -72,7 +72,7 @@ def test_the_snippets_that_need_other_libraries_are_valid_python():
 def test_quoted_lines_stand_in_the_scripts():
     scripts = [(ROOT / name).read_text() for name in ("td3bc_imputed.py", "iql_imputed.py", "reward_model.py")]
     lines = [line.strip() for block in QUOTED for line in block.splitlines() if line != "..."]
-    assert len(lines) >= 5
+    assert len(lines) >= 4
     for line in lines:
         assert all(line in text for text in scripts), line
 

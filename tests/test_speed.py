@@ -36,10 +36,10 @@ def largest_difference(first, second):
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
-@pytest.mark.parametrize("script", AGENTS)
-def test_a_compiled_run_equals_an_eager_one(script, tmp_path):
-    eager, plain = weights(script, tmp_path / "eager"), script.loss_and_gradients
-    compiled = weights(script, tmp_path / "compiled", "--compile")
+@pytest.mark.parametrize(("script", "rewards"), zip(AGENTS, ("imputed", "oracle")))  # the fit is compiled as well
+def test_a_compiled_run_equals_an_eager_one(script, rewards, tmp_path):
+    eager, plain = weights(script, tmp_path / "eager", "--rewards", rewards), script.loss_and_gradients
+    compiled = weights(script, tmp_path / "compiled", "--rewards", rewards, "--compile")
     assert script.loss_and_gradients is not plain, "nothing was compiled"
     assert largest_difference(eager, compiled) < 1e-4
 
