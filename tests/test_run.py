@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import h5py
 import numpy as np
@@ -412,6 +413,18 @@ def test_weights_and_biases_offline(script, tmp_path):
     run(script, *SMALL, "--num-updates", 40, "--log-freq", 20, "--eval-freq", 20, "--track", "--run-dir", "run")
     assert list(Path("run/wandb").glob("offline-run-*/*.wandb"))
     assert torch.load("run/checkpoint.pt", weights_only=True)["track_id"]
+
+
+@pytest.mark.parametrize("script", [td3bc_imputed, iql_imputed])
+def test_tracked_losses_are_means_over_the_seeds(script, monkeypatch):
+    logged, update = [], script.update
+    wandb_run = SimpleNamespace(id="1", log=logged.append, define_metric=lambda *args, **kwargs: None)
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **kwargs: wandb_run, Error=Exception))
+    losses = {"losses/critic_loss": torch.tensor([1.0, 3.0])}
+    monkeypatch.setattr(script, "update", lambda *args: update(*args) | losses)
+    arguments = [*SMALL, "--num-updates", "20", "--log-freq", "10", "--num-seeds", "2", "--track"]
+    script.main(script.tyro.cli(script.Args, args=arguments))
+    assert [row["losses/critic_loss"] for row in logged if "losses/critic_loss" in row] == [2.0, 2.0]
 
 
 def test_tracking_without_an_account_is_one_error(tmp_path, monkeypatch):
