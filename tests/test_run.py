@@ -137,7 +137,7 @@ def test_workers_evaluate_to_the_same_numbers(script, tmp_path):
 
 
 def test_a_killed_worker_costs_one_warning(tmp_path):
-    arguments = [*SMALL, "--num-updates", 2400, "--eval-freq", 200, "--run-dir", "run"]
+    arguments = [*SMALL, "--num-updates", 1400, "--eval-freq", 200, "--run-dir", "run"]
     process = subprocess.Popen(
         command("td3bc_imputed.py", *arguments, "--eval-workers", 1),
         env=environment(),
@@ -202,7 +202,7 @@ def progress_of(run_dir):
     ("script", "number", "code"), [("td3bc_imputed.py", signal.SIGINT, 130), ("iql_imputed.py", signal.SIGTERM, 143)]
 )
 def test_a_signal_writes_a_checkpoint_and_says_how_to_go_on(script, number, code, tmp_path):
-    arguments = [*SMALL, "--num-updates", 1500, "--eval-freq", 500]
+    arguments = [*SMALL, "--num-updates", 900, "--eval-freq", 300]
     run(script, *arguments, "--run-dir", "undisturbed")
     process = subprocess.Popen(
         command(script, *arguments, "--run-dir", "stopped"), env=environment(), stdout=subprocess.PIPE, text=True
@@ -358,7 +358,7 @@ def test_fuzzed_command_lines_end_in_one_error(script, tmp_path, capsys):
         "cpu",
     ]
     ends = {"user": 0, "tyro": 0}
-    for _ in range(150):
+    for _ in range(75):
         arguments = [word for _ in range(rng.randrange(4)) for word in (rng.choice(flags), rng.choice(values))]
         try:
             script.main(td3bc_imputed.tyro.cli(script.Args, args=[*arguments, "--dataset-path", "none.hdf5"]))
@@ -370,7 +370,7 @@ def test_fuzzed_command_lines_end_in_one_error(script, tmp_path, capsys):
             ends["tyro"] += 1
     capsys.readouterr()
     print(ends)
-    assert min(ends.values()) > 30 and sorted(path.name for path in tmp_path.iterdir()) in (
+    assert min(ends.values()) > 15 and sorted(path.name for path in tmp_path.iterdir()) in (
         ["own.hdf5"],
         ["minari", "own.hdf5"],
     )
