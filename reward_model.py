@@ -211,9 +211,9 @@ class BatchedLinear(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(len(generators), in_dim, out_dim))
         self.bias = nn.Parameter(torch.empty(len(generators), 1, out_dim))
-        for *tensors, generator in zip(self.weight.data, self.bias.data, generators):  # initialised as nn.Linear is
-            for tensor in tensors:
-                nn.init.uniform_(tensor, -(in_dim**-0.5), in_dim**-0.5, generator=generator)
+        for weight, bias, generator in zip(self.weight.data, self.bias.data, generators):  # as nn.Linear does it
+            nn.init.uniform_(weight, -(in_dim**-0.5), in_dim**-0.5, generator=generator)
+            nn.init.uniform_(bias, -(in_dim**-0.5), in_dim**-0.5, generator=generator)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if len(x) == len(self.weight):
