@@ -74,7 +74,7 @@ class Args:
     eval_workers: int = 0  # processes that evaluate while training goes on; 0 evaluates in this one
     compile: bool = False  # compile losses and gradients: takes half a minute, then an update takes less
     cuda_graph: bool = True  # on a GPU, record an update as a CUDA graph and replay it
-    matmul_precision: Literal["highest", "high", "medium"] = "highest"  # of float32 products; medium: bfloat16 on a CPU
+    matmul_precision: Literal["highest", "high", "medium"] = "highest"  # medium: faster; on a CPU without AMX as exact
     log_freq: int = 1_000  # updates between two readings of the losses
     run_dir: Path | None = None  # where to write (runs/{env_id}__{script}__{rewards}__{seed}__{unix time})
     resume: bool = False  # go on from the checkpoint in run_dir, or start if there is none

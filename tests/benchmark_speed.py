@@ -1,6 +1,6 @@
 """Seed-updates a second of both agents, as ratios to the plain per-network version in the same run.
 
-    python tests/benchmark_speed.py                # eager, compiled, reduced precision; on a GPU also CUDA graphs
+    python tests/benchmark_speed.py                # eager, compiled, medium precision; on a GPU also CUDA graphs
     python tests/benchmark_speed.py --scaling      # 1 to 50 seeds at once
 
 The plain version is tests/reference.py: one seed, an nn.Sequential a network, a loop over parameters, eager. A bare time
@@ -193,7 +193,7 @@ def main(args: Args) -> None:
             num_seeds = 1 if version == "plain" else version.num_seeds
             words = ["eager", "compiled"][version != "plain" and version.compile], version != "plain" and version.graph
             text = "plain" if version == "plain" else ", ".join(
-                [words[0]] + ["CUDA graph"] * version.graph + ["bfloat16 products"] * (version.precision == "medium")
+                [words[0]] + ["CUDA graph"] * version.graph + ["medium precision"] * (version.precision == "medium")
             )  # fmt: skip
             row = {"agent": name, "version": text, "num_seeds": num_seeds, "updates_per_second": rate}
             row |= {"seed_updates_per_second": rate * num_seeds, "ratio": rate * num_seeds / medians["plain"]}

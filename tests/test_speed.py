@@ -1,6 +1,7 @@
 """What makes a run faster changes nothing in it: compiled, recorded as a CUDA graph, or neither."""
 
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,15 +12,18 @@ import td3bc_imputed
 
 AGENTS = [td3bc_imputed, iql_imputed]
 COMPILED = ("loss_and_gradients", "td_target")
+CPU_FLAGS = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
 
 
 @pytest.fixture(autouse=True)
 def functions_are_given_back(monkeypatch):
-    """`--compile` replaces them in the script."""
+    """`--compile` replaces them in the script; `--matmul-precision` is for the whole process."""
     for script in AGENTS:
         for name in COMPILED:
             if hasattr(script, name):
                 monkeypatch.setattr(script, name, getattr(script, name))
+    yield
+    torch.set_float32_matmul_precision("highest")
 
 
 def weights(script, run_dir, *options):
@@ -42,6 +46,15 @@ def test_a_compiled_run_equals_an_eager_one(script, rewards, tmp_path):
     compiled = weights(script, tmp_path / "compiled", "--rewards", rewards, "--compile")
     assert script.loss_and_gradients is not plain, "nothing was compiled"
     assert largest_difference(eager, compiled) < 1e-4
+
+
+@pytest.mark.skipif("amx" in CPU_FLAGS, reason="there, medium multiplies in bfloat16")
+@pytest.mark.skipif("avx2" not in CPU_FLAGS, reason="seen on x86 alone")
+@pytest.mark.parametrize("script", AGENTS)
+def test_medium_precision_is_float32_by_another_library_on_a_cpu_without_amx(script, tmp_path):
+    highest = weights(script, tmp_path / "highest")
+    medium = weights(script, tmp_path / "medium", "--matmul-precision", "medium")
+    assert largest_difference(highest, medium) < 1e-4
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
