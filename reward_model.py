@@ -205,7 +205,7 @@ def read_minari(dataset: minari.MinariDataset) -> tuple[np.ndarray, ...]:
 
 # --- Seeds as a batch dimension ---
 class BatchedLinear(nn.Module):
-    """One linear layer a generator, side by side: (models, batch, in_dim) -> (models, batch, out_dim)."""
+    """A linear layer for each generator, (models, batch, in_dim) -> (models, batch, out_dim), or for the first few's."""
 
     def __init__(self, generators: list, in_dim: int, out_dim: int):
         super().__init__()
@@ -216,8 +216,7 @@ class BatchedLinear(nn.Module):
             nn.init.uniform_(bias, -(in_dim**-0.5), in_dim**-0.5, generator=generator)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        whole = len(x) == len(self.weight)  # if not, the inputs are for the first models alone
-        w, b = (self.weight, self.bias) if whole else (self.weight[: len(x)], self.bias[: len(x)])
+        w, b = (self.weight, self.bias) if len(x) == len(self.weight) else (self.weight[: len(x)], self.bias[: len(x)])
         return torch.bmm(x, w) + b if torch.compiler.is_compiling() else torch.baddbmm(b, x, w)  # compiled, + is free
 
 
@@ -238,7 +237,13 @@ class Network(nn.Module):
         return self.mlp(x) if twins == 1 else self.mlp(x.repeat(twins, 1, 1)).view(twins, *x.shape[:2], -1)
 
 
-def loss_and_gradients(loss_function, parameters: list, *inputs) -> tuple:
+def gather(tensors: list | tuple, rows: torch.Tensor) -> list[torch.Tensor]:
+    """Rows of each tensor, (seeds, N, ...) -> (*rows.shape, ...): `rows`, (..., seeds, batch), are each seed's own."""
+    each_seed = torch.arange(rows.shape[-2], device=rows.device)[:, None]
+    return [tensor[each_seed, rows] for tensor in tensors]
+
+
+def loss_and_grad(loss_function, parameters: list, *inputs) -> tuple:
     """Each seed's loss, (seeds,), and the gradients of their sum; both directions in one, for --compile."""
     loss = loss_function(*inputs)
     return loss.detach(), torch.autograd.grad(loss.sum(), parameters)
@@ -246,7 +251,7 @@ def loss_and_gradients(loss_function, parameters: list, *inputs) -> tuple:
 
 def gradient_step(optimizer: torch.optim.Adam, loss_function, *inputs) -> torch.Tensor:
     """Step on the gradients of the optimizer's own parameters, and of no others; returns the loss, (seeds,)."""
-    loss, gradients = loss_and_gradients(loss_function, parameters := optimizer.param_groups[0]["params"], *inputs)
+    loss, gradients = loss_and_grad(loss_function, parameters := optimizer.param_groups[0]["params"], *inputs)
     for parameter, gradient in zip(parameters, gradients):
         parameter.grad = gradient
     optimizer.step()
@@ -277,18 +282,16 @@ class RewardModel(Network):
         return (self(observations, actions).squeeze(-1) - rewards).square().mean(dim=1)  # Eq. 4, (seeds,)
 
 
-def train_reward_model(model: RewardModel, dataset: Dataset, labels: np.ndarray, epochs: int, lr: float, batch: int):
+def fit_rewards(model: RewardModel, dataset: Dataset, labels: np.ndarray, epochs: int, lr: float, batch: int):
     """Fit each seed's model to its labelled transitions (Eq. 4); returns the losses (epochs, seeds)."""
-    device = model.mean.device
     optimizer = torch.optim.Adam(model.parameters(), lr=lr, fused=True)
-    labelled = [torch.from_numpy(column[labels]).to(device) for column in dataset[:3]]  # (seeds, labels, ...)
-    each_seed = torch.arange(len(labels), device=device)[:, None]
-    losses = torch.zeros(epochs, len(labels), device=device)
+    labelled = [torch.from_numpy(array[labels]).to(model.mean.device) for array in dataset[:3]]  # (seeds, labels, ...)
+    losses = torch.zeros(epochs, len(labels), device=model.mean.device)
     for epoch in tqdm(range(epochs), "reward model", unit="epoch", leave=False, disable=None):
         order = torch.stack([torch.randperm(labels.shape[1], generator=generator) for generator in model.generators])
-        for rows in order.to(device).split(batch, dim=1):  # (seeds, batch)
-            inputs = (column[each_seed, rows] for column in labelled)
-            losses[epoch] += gradient_step(optimizer, model.squared_error, *inputs) * rows.shape[1] / labels.shape[1]
+        for rows in order.to(model.mean.device).split(batch, dim=1):  # (seeds, batch)
+            loss = gradient_step(optimizer, model.squared_error, *gather(labelled, rows))
+            losses[epoch] += loss * rows.shape[1] / labels.shape[1]
     return losses.cpu().numpy()
 
 
@@ -334,7 +337,7 @@ def fit(dataset: Dataset, labels: np.ndarray, seeds: range, args: Args, device: 
     """Each seed's fitted model, its rewards (seeds, N), its MSE on the labels (seeds,), its losses (epochs, seeds)."""
     model = RewardModel(dataset, seeds, args.reward_hidden_dim).to(device)
     settings = args.reward_epochs, args.reward_learning_rate, args.reward_batch_size
-    losses = train_reward_model(model, dataset, labels, *settings)
+    losses = fit_rewards(model, dataset, labels, *settings)
     rewards = impute_rewards(model, dataset, labels[:, :0])  # predicted for the labelled ones too, at first
     true = np.stack([dataset.rewards[rows] for rows in labels])
     train_mse = np.square(np.take_along_axis(rewards, labels, axis=1) - true).mean(axis=1)

@@ -226,7 +226,7 @@ def read_minari(dataset: minari.MinariDataset) -> tuple[np.ndarray, ...]:
 
 # --- Seeds as a batch dimension ---
 class BatchedLinear(nn.Module):
-    """One linear layer a generator, side by side: (models, batch, in_dim) -> (models, batch, out_dim)."""
+    """A linear layer for each generator, (models, batch, in_dim) -> (models, batch, out_dim), or for the first few's."""
 
     def __init__(self, generators: list, in_dim: int, out_dim: int):
         super().__init__()
@@ -237,8 +237,7 @@ class BatchedLinear(nn.Module):
             nn.init.uniform_(bias, -(in_dim**-0.5), in_dim**-0.5, generator=generator)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        whole = len(x) == len(self.weight)  # if not, the inputs are for the first models alone
-        w, b = (self.weight, self.bias) if whole else (self.weight[: len(x)], self.bias[: len(x)])
+        w, b = (self.weight, self.bias) if len(x) == len(self.weight) else (self.weight[: len(x)], self.bias[: len(x)])
         return torch.bmm(x, w) + b if torch.compiler.is_compiling() else torch.baddbmm(b, x, w)  # compiled, + is free
 
 
@@ -259,7 +258,13 @@ class Network(nn.Module):
         return self.mlp(x) if twins == 1 else self.mlp(x.repeat(twins, 1, 1)).view(twins, *x.shape[:2], -1)
 
 
-def loss_and_gradients(loss_function, parameters: list, *inputs) -> tuple:
+def gather(tensors: list | tuple, rows: torch.Tensor) -> list[torch.Tensor]:
+    """Rows of each tensor, (seeds, N, ...) -> (*rows.shape, ...): `rows`, (..., seeds, batch), are each seed's own."""
+    each_seed = torch.arange(rows.shape[-2], device=rows.device)[:, None]
+    return [tensor[each_seed, rows] for tensor in tensors]
+
+
+def loss_and_grad(loss_function, parameters: list, *inputs) -> tuple:
     """Each seed's loss, (seeds,), and the gradients of their sum; both directions in one, for --compile."""
     loss = loss_function(*inputs)
     return loss.detach(), torch.autograd.grad(loss.sum(), parameters)
@@ -267,7 +272,7 @@ def loss_and_gradients(loss_function, parameters: list, *inputs) -> tuple:
 
 def gradient_step(optimizer: torch.optim.Adam, loss_function, *inputs) -> torch.Tensor:
     """Step on the gradients of the optimizer's own parameters, and of no others; returns the loss, (seeds,)."""
-    loss, gradients = loss_and_gradients(loss_function, parameters := optimizer.param_groups[0]["params"], *inputs)
+    loss, gradients = loss_and_grad(loss_function, parameters := optimizer.param_groups[0]["params"], *inputs)
     for parameter, gradient in zip(parameters, gradients):
         parameter.grad = gradient
     optimizer.step()
@@ -298,18 +303,16 @@ class RewardModel(Network):
         return (self(observations, actions).squeeze(-1) - rewards).square().mean(dim=1)  # Eq. 4, (seeds,)
 
 
-def train_reward_model(model: RewardModel, dataset: Dataset, labels: np.ndarray, epochs: int, lr: float, batch: int):
+def fit_rewards(model: RewardModel, dataset: Dataset, labels: np.ndarray, epochs: int, lr: float, batch: int):
     """Fit each seed's model to its labelled transitions (Eq. 4); returns the losses (epochs, seeds)."""
-    device = model.mean.device
     optimizer = torch.optim.Adam(model.parameters(), lr=lr, fused=True)
-    labelled = [torch.from_numpy(column[labels]).to(device) for column in dataset[:3]]  # (seeds, labels, ...)
-    each_seed = torch.arange(len(labels), device=device)[:, None]
-    losses = torch.zeros(epochs, len(labels), device=device)
+    labelled = [torch.from_numpy(array[labels]).to(model.mean.device) for array in dataset[:3]]  # (seeds, labels, ...)
+    losses = torch.zeros(epochs, len(labels), device=model.mean.device)
     for epoch in tqdm(range(epochs), "reward model", unit="epoch", leave=False, disable=None):
         order = torch.stack([torch.randperm(labels.shape[1], generator=generator) for generator in model.generators])
-        for rows in order.to(device).split(batch, dim=1):  # (seeds, batch)
-            inputs = (column[each_seed, rows] for column in labelled)
-            losses[epoch] += gradient_step(optimizer, model.squared_error, *inputs) * rows.shape[1] / labels.shape[1]
+        for rows in order.to(model.mean.device).split(batch, dim=1):  # (seeds, batch)
+            loss = gradient_step(optimizer, model.squared_error, *gather(labelled, rows))
+            losses[epoch] += loss * rows.shape[1] / labels.shape[1]
     return losses.cpu().numpy()
 
 
@@ -344,9 +347,8 @@ Agent = namedtuple("Agent", "actor actor_target critic critic_target actor_optim
 
 def sample(data: Batch, size: tuple, generator: torch.Generator) -> Batch:
     """Transitions drawn uniformly with replacement, `size` = (..., seeds, batch), from `data`, (seeds, rows, ...)."""
-    each_seed = torch.arange(size[-2], device=data.rewards.device)[:, None]
     rows = torch.randint(data.rewards.shape[1], size, generator=generator, device=data.rewards.device)
-    return Batch(*(tensor[each_seed, rows] for tensor in data))
+    return Batch(*gather(data, rows))
 
 
 def make_agent(data: Batch, seeds: range, lr: float) -> Agent:
@@ -521,7 +523,7 @@ def main(args: Args) -> None:
         torch.cuda.set_stream(torch.cuda.Stream())  # nothing can be recorded on the default stream
     if args.compile:
         torch._dynamo.config.trace_autograd_ops = True  # else the gradients break the graph
-        globals().update({f.__name__: torch.compile(f, fullgraph=True) for f in (td_target, loss_and_gradients)})
+        globals().update({f.__name__: torch.compile(f, fullgraph=True) for f in (gather, td_target, loss_and_grad)})
     seeds, start = range(args.seed, args.seed + args.num_seeds), time.perf_counter()
 
     # The dataset, and the few transitions of each seed whose rewards may be seen.
@@ -552,8 +554,7 @@ def main(args: Args) -> None:
     if args.rewards == "imputed":
         model = RewardModel(dataset, seeds, args.reward_hidden_dim).to(device)
         if state is None:
-            settings = args.reward_epochs, args.reward_learning_rate, args.reward_batch_size
-            train_reward_model(model, dataset, labels, *settings)
+            fit_rewards(model, dataset, labels, args.reward_epochs, args.reward_learning_rate, args.reward_batch_size)
         else:
             model.load_state_dict(state["reward_model"])
         rewards = impute_rewards(model, dataset, labels)
@@ -565,7 +566,7 @@ def main(args: Args) -> None:
     data = Batch(*(torch.from_numpy(column).to(device).expand(len(seeds), *column.shape) for column in dataset[:5]))
     data = data._replace(rewards=torch.from_numpy(rewards).to(device))
     if args.rewards == "labeled":
-        data = Batch(*(tensor[torch.arange(len(seeds))[:, None], torch.from_numpy(labels)] for tensor in data))
+        data = Batch(*gather(data, torch.from_numpy(labels).to(device)))
     agent, fitted = make_agent(data, seeds, args.learning_rate), time.perf_counter()
     generator = torch.Generator(device).manual_seed(args.seed)
     first_update, scores = (state["num_updates"], state["scores"]) if state else (0, [])

@@ -29,7 +29,7 @@ import td3bc_imputed
 
 OBS_DIM, ACT_DIM, ROWS, BATCH = 17, 6, 100_000, 256  # HalfCheetah's
 SCRIPTS = {"TD3+BC": td3bc_imputed, "IQL": iql_imputed}
-FUNCTIONS = {"TD3+BC": ("td_target", "loss_and_gradients"), "IQL": ("loss_and_gradients",)}  # by --compile
+FUNCTIONS = {"TD3+BC": ("gather", "td_target", "loss_and_grad"), "IQL": ("gather", "loss_and_grad")}  # by --compile
 Version = namedtuple("Version", "agent num_seeds precision compile graph")
 
 
