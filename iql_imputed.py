@@ -301,7 +301,7 @@ class RewardModel(Network):
         return (self(observations, actions).squeeze(-1) - rewards).square().mean(dim=1)  # Eq. 4, (seeds,)
 
 
-def fit_rewards(model: RewardModel, dataset: Dataset, labels: np.ndarray, epochs: int, lr: float, batch: int):
+def train_reward_model(model: RewardModel, dataset: Dataset, labels: np.ndarray, epochs: int, lr: float, batch: int):
     """Fit each seed's model to its labelled transitions (Eq. 4); returns the losses (epochs, seeds)."""
     optimizer = torch.optim.Adam(model.parameters(), lr=lr, fused=True)
     labelled = [torch.from_numpy(array[labels]).to(model.mean.device) for array in dataset[:3]]  # (seeds, labels, ...)
@@ -309,9 +309,8 @@ def fit_rewards(model: RewardModel, dataset: Dataset, labels: np.ndarray, epochs
     for epoch in tqdm(range(epochs), "reward model", unit="epoch", leave=False, disable=None):
         order = torch.stack([torch.randperm(labels.shape[1], generator=generator) for generator in model.generators])
         for rows in order.to(model.mean.device).split(batch, dim=1):  # (seeds, batch)
-            loss = gradient_step(optimizer, model.squared_error, *gather(labelled, rows))
-            losses[epoch] += loss * rows.shape[1] / labels.shape[1]
-    return losses.cpu().numpy()
+            losses[epoch] += gradient_step(optimizer, model.squared_error, *gather(labelled, rows)) * len(rows[0])
+    return (losses / labels.shape[1]).cpu().numpy()
 
 
 @torch.no_grad()
@@ -558,7 +557,8 @@ def main(args: Args) -> None:
     if args.rewards == "imputed":
         model = RewardModel(dataset, seeds, args.reward_hidden_dim).to(device)
         if state is None:
-            fit_rewards(model, dataset, labels, args.reward_epochs, args.reward_learning_rate, args.reward_batch_size)
+            settings = args.reward_epochs, args.reward_learning_rate, args.reward_batch_size
+            train_reward_model(model, dataset, labels, *settings)
         else:
             model.load_state_dict(state["reward_model"])
         rewards = impute_rewards(model, dataset, labels)

@@ -32,7 +32,7 @@ def own_file(path="own.hdf5", num_rows=400, **columns):
 def fitted(dataset, labels, seeds=SEEDS, epochs=5, batch_size=8):
     model = script.RewardModel(dataset, seeds, 256)
     before = [parameter.detach().clone() for parameter in model.parameters()]
-    losses = script.fit_rewards(model, dataset, labels, epochs, 1e-3, batch_size)
+    losses = script.train_reward_model(model, dataset, labels, epochs, 1e-3, batch_size)
     return model, before, losses
 
 
@@ -171,7 +171,7 @@ def agent_sees(agent, dataset, num_seeds):
     seeds = range(num_seeds)
     labels = agent.split_labels(dataset.rewards, 0.1, seeds)
     model = agent.RewardModel(dataset, seeds, 256)
-    agent.fit_rewards(model, dataset, labels, 5, 1e-4, 64)
+    agent.train_reward_model(model, dataset, labels, 5, 1e-4, 64)
     return agent.impute_rewards(model, dataset, labels)[0], labels[0]
 
 

@@ -4,6 +4,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import simulated_cuda
 import torch
 from test_run import SMALL, own_dataset  # noqa: F401, own_dataset is a fixture
 
@@ -55,6 +56,16 @@ def test_medium_precision_is_float32_by_another_library_on_a_cpu_without_amx(scr
     highest = weights(script, tmp_path / "highest")
     medium = weights(script, tmp_path / "medium", "--matmul-precision", "medium")
     assert largest_difference(highest, medium) < 1e-4
+
+
+@pytest.mark.parametrize("script", AGENTS)
+def test_a_recorded_run_equals_an_eager_one_where_cuda_graphs_are_simulated(script, tmp_path, monkeypatch):
+    eager = weights(script, tmp_path / "eager")
+    monkeypatch.setattr(script, "torch", simulated_cuda.Torch())
+    monkeypatch.setattr(simulated_cuda.Graph, "replays", 0)
+    recorded = weights(script, tmp_path / "recorded", "--device", "cuda")
+    assert simulated_cuda.Graph.replays == (100 - 20) / getattr(script.Args(), "policy_freq", 1), "20 updates warm up"
+    assert largest_difference(eager, recorded) == 0
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
