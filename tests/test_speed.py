@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import simulated_cuda
 import torch
-from test_run import SMALL, own_dataset  # noqa: F401, own_dataset is a fixture
+from test_run import SMALL, own_dataset, run_here  # noqa: F401, own_dataset is a fixture
 
 import iql_imputed
 import td3bc_imputed
@@ -29,8 +29,7 @@ def functions_are_given_back(monkeypatch):
 
 def weights(script, run_dir, *options):
     """All parameters and targets after 100 updates of two seeds."""
-    arguments = [*SMALL, "--num-updates", 100, "--eval-freq", 100, "--num-seeds", 2, "--run-dir", run_dir, *options]
-    script.main(script.tyro.cli(script.Args, args=[str(argument) for argument in arguments]))
+    run_here(script, *SMALL, "--num-updates", 100, "--eval-freq", 100, "--num-seeds", 2, "--run-dir", run_dir, *options)
     agent = torch.load(run_dir / "checkpoint.pt", map_location="cpu", weights_only=True)["agent"]
     networks = {name: state for name, state in agent.items() if "optimizer" not in name}
     return {f"{name}.{key}": tensor for name, state in networks.items() for key, tensor in state.items()}
@@ -41,7 +40,7 @@ def largest_difference(first, second):
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
-@pytest.mark.parametrize(("script", "rewards"), zip(AGENTS, ("imputed", "oracle")))  # the fit is compiled as well
+@pytest.mark.parametrize(("script", "rewards"), list(zip(AGENTS, ("imputed", "oracle"))))  # the fit is compiled as well
 def test_a_compiled_run_equals_an_eager_one(script, rewards, tmp_path):
     eager, plain = weights(script, tmp_path / "eager", "--rewards", rewards), script.loss_and_grad
     compiled = weights(script, tmp_path / "compiled", "--rewards", rewards, "--compile")
