@@ -205,7 +205,7 @@ def read_minari(dataset: minari.MinariDataset) -> tuple[np.ndarray, ...]:
 
 # --- Seeds as a batch dimension ---
 class BatchedLinear(nn.Module):
-    """A linear layer for each generator, (models, batch, in_dim) -> (models, batch, out_dim), or for the first few's."""
+    """A linear layer a generator, (models, batch, in_dim) -> (models, batch, out_dim); fewer inputs meet the first ones."""
 
     def __init__(self, generators: list, in_dim: int, out_dim: int):
         super().__init__()
@@ -217,7 +217,7 @@ class BatchedLinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         w, b = (self.weight, self.bias) if len(x) == len(self.weight) else (self.weight[: len(x)], self.bias[: len(x)])
-        return torch.bmm(x, w) + b if torch.compiler.is_compiling() else torch.baddbmm(b, x, w)  # compiled, + is free
+        return torch.bmm(x, w) + b if torch.compiler.is_compiling() else torch.baddbmm(b, x, w)  # compiled, + is fused
 
 
 class Network(nn.Module):

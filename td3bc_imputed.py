@@ -76,7 +76,7 @@ class Args:
     eval_workers: int = 0  # processes that evaluate while training goes on; 0 evaluates in this one
     compile: bool = False  # compile losses and gradients: takes half a minute, then an update takes less
     cuda_graph: bool = True  # on a GPU, record an update as a CUDA graph and replay it
-    matmul_precision: Literal["highest", "high", "medium"] = "highest"  # medium: faster; on a CPU without AMX as exact
+    matmul_precision: Literal["highest", "high", "medium"] = "highest"  # medium: faster; on x86 without AMX as exact
     log_freq: int = 1_000  # updates between two readings of the losses
     run_dir: Path | None = None  # where to write (runs/{env_id}__{script}__{rewards}__{seed}__{unix time})
     resume: bool = False  # go on from the checkpoint in run_dir, or start if there is none
@@ -226,7 +226,7 @@ def read_minari(dataset: minari.MinariDataset) -> tuple[np.ndarray, ...]:
 
 # --- Seeds as a batch dimension ---
 class BatchedLinear(nn.Module):
-    """A linear layer for each generator, (models, batch, in_dim) -> (models, batch, out_dim), or for the first few's."""
+    """A linear layer a generator, (models, batch, in_dim) -> (models, batch, out_dim); fewer inputs meet the first ones."""
 
     def __init__(self, generators: list, in_dim: int, out_dim: int):
         super().__init__()
@@ -238,7 +238,7 @@ class BatchedLinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         w, b = (self.weight, self.bias) if len(x) == len(self.weight) else (self.weight[: len(x)], self.bias[: len(x)])
-        return torch.bmm(x, w) + b if torch.compiler.is_compiling() else torch.baddbmm(b, x, w)  # compiled, + is free
+        return torch.bmm(x, w) + b if torch.compiler.is_compiling() else torch.baddbmm(b, x, w)  # compiled, + is fused
 
 
 class Network(nn.Module):

@@ -1,7 +1,8 @@
-"""CUDA graphs on a CPU: what is recorded computes nothing, a replay does the same to the same tensors and calls no Python.
+"""CUDA graphs on a CPU: recording writes to no tensor that was there before, a replay calls no Python, only operators.
 
-Stands in for `torch` in a script. It shows whether a recorded run is the run that was meant: no value of Python's or of the
-host's frozen in the graph, no update lost or made twice, new draws at each replay. It knows nothing of streams and kernels.
+Stands in for `torch` in a script. It shows whether a recorded run is the run that was meant: no number of Python's frozen in
+the graph, no update lost or made twice, new draws at each replay. All tensors are on the CPU: a tensor on the wrong device, a
+copy from or to the host, streams, the graph's memory and what an operator requires on a GPU are not seen here.
 """
 
 from contextlib import contextmanager
@@ -11,7 +12,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-WAITS_FOR_THE_DEVICE = {torch.ops.aten._local_scalar_dense.default, torch.ops.aten.lift_fresh.default}
+ATEN = torch.ops.aten
+CANNOT_BE_RECORDED = {ATEN._local_scalar_dense, ATEN.lift_fresh, ATEN.equal, ATEN.nonzero, ATEN.masked_select}
 
 
 class Device(str):
@@ -31,12 +33,15 @@ class Graph(TorchDispatchMode):
         self.generators.append(generator)
 
     def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
-        assert operator not in WAITS_FOR_THE_DEVICE, f"{operator} cannot be recorded"
+        assert operator.overloadpacket not in CANNOT_BE_RECORDED, f"{operator} waits for the device"
         changes = operator._schema.is_mutable
         result = (args[0] if operator._schema.returns else None) if changes else operator(*args, **(kwargs or {}))
         if not operator.is_view:
             call = args, kwargs or {}, None if changes else result
             self.calls.append((operator, *tree_map_only(torch.Tensor, torch.Tensor.detach, call)))  # the same memory
+            for tensor in tree_leaves(call[2]):
+                if isinstance(tensor, torch.Tensor) and tensor.is_floating_point():
+                    tensor.fill_(torch.nan)  # until a replay
         return result
 
     @torch.no_grad()

@@ -70,10 +70,7 @@ def run(script, *arguments, code=0, **kwargs):
 
 def run_here(script, *arguments):
     """A run in this process, seconds quicker, where it is not the process that is tested."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     script.main(script.tyro.cli(script.Args, args=[str(argument) for argument in arguments]))
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
 
 
 def outcome(run_dir):
@@ -192,13 +189,45 @@ def test_resume_after_kill_is_bit_identical(script, workers, tmp_path):
     assert_identical(outcome(tmp_path / "undisturbed"), outcome(tmp_path / "killed"))
 
 
-@pytest.mark.parametrize(("total", "factor"), [(1, 1.0), (2, 0.5), (40, 0.5 * (1 + np.cos(np.pi * 39 / 40)))])
-def test_iql_actor_learning_rate_follows_a_cosine_to_zero(total, factor):
-    """The last update of a run of 1, 2 or 40 is number 0, T/2 or T - 1 of its schedule."""
+@pytest.mark.parametrize("total", [1, 2, 40])
+def test_iql_actor_learning_rate_follows_a_cosine_to_zero(total, monkeypatch):
+    """Seen by each update; the other networks' stays."""
+    rates, update = [], iql_imputed.update
+
+    def watched(agent, *rest):
+        optimizers = (agent.actor_optimizer, agent.value_optimizer, agent.critic_optimizer)
+        rates.append([float(optimizer.param_groups[0]["lr"]) for optimizer in optimizers])
+        return update(agent, *rest)
+
+    monkeypatch.setattr(iql_imputed, "update", watched)
     run_here(iql_imputed, *SMALL, "--num-updates", total, "--run-dir", "run", "--rewards", "oracle")
-    agent = torch.load("run/checkpoint.pt", weights_only=True)["agent"]
-    rates = {name: float(agent[f"{name}_optimizer"]["param_groups"][0]["lr"]) for name in ("actor", "value", "critic")}
-    assert rates == {"actor": pytest.approx(3e-4 * factor, rel=1e-6), "value": 3e-4, "critic": 3e-4}
+    cosine = 0.5 * (1 + np.cos(np.pi * np.arange(total) / total))
+    np.testing.assert_allclose(rates, np.stack([3e-4 * cosine, *np.full((2, total), 3e-4)], axis=1), rtol=1e-5)
+
+
+def test_iql_resumes_from_its_last_checkpoint_without_changing_it(tmp_path):
+    """A run killed in its last evaluation, after the checkpoint before it."""
+    arguments = [*SMALL, "--num-updates", 20, "--eval-freq", 10, "--run-dir", "run", "--resume"]
+    run_here(iql_imputed, *arguments)
+    before = outcome(tmp_path / "run")
+    state = torch.load("run/checkpoint.pt", weights_only=True)
+    assert len(state["scores"]) == 1, "those of the last evaluation come after it"
+    Path("run/result.json").unlink()
+    run_here(iql_imputed, *arguments)
+    assert_identical(before, outcome(tmp_path / "run"))
+
+
+@pytest.mark.parametrize("script", [td3bc_imputed, iql_imputed])
+def test_a_labeled_agent_sees_each_seeds_labelled_transitions_alone(script, monkeypatch):
+    seen, make_agent = [], script.make_agent
+    monkeypatch.setattr(script, "make_agent", lambda data, *rest: seen.append(data) or make_agent(data, *rest))
+    run_here(script, *SMALL, "--num-updates", 2, "--num-seeds", 2, "--rewards", "labeled", "--run-dir", "run")
+    dataset = script.load_dataset("own_envs:Wide-v0", Path("own.hdf5"))
+    labels = script.split_labels(dataset.rewards, 0.2, range(2))
+    for name in ("observations", "actions", "next_observations", "terminals"):
+        np.testing.assert_allclose(getattr(seen[0], name), getattr(dataset, name)[labels], atol=2e-5)  # IQL clips
+    scale = seen[0].rewards.numpy() / dataset.rewards[labels]
+    np.testing.assert_allclose(scale, scale[:, :1].repeat(scale.shape[1], axis=1), rtol=1e-5)
 
 
 def progress_of(run_dir):

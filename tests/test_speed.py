@@ -36,25 +36,26 @@ def weights(script, run_dir, *options):
 
 
 def largest_difference(first, second):
-    return max((first[name] - second[name]).abs().max().item() for name in first)
+    assert first.keys() == second.keys()
+    return torch.cat([(first[name] - second[name]).abs().flatten() for name in first]).max().item()  # NaN if one is
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
 @pytest.mark.parametrize(("script", "rewards"), list(zip(AGENTS, ("imputed", "oracle"))))  # the fit is compiled as well
 def test_a_compiled_run_equals_an_eager_one(script, rewards, tmp_path):
-    eager, plain = weights(script, tmp_path / "eager", "--rewards", rewards), script.loss_and_grad
+    eager, plain = weights(script, tmp_path / "eager", "--rewards", rewards), dict(vars(script))
     compiled = weights(script, tmp_path / "compiled", "--rewards", rewards, "--compile")
-    assert script.loss_and_grad is not plain, "nothing was compiled"
+    assert all(vars(script)[name] is not plain[name] for name in COMPILED if name in plain), "not all was compiled"
     assert largest_difference(eager, compiled) < 1e-4
 
 
 @pytest.mark.skipif("amx" in CPU_FLAGS, reason="there, medium multiplies in bfloat16")
-@pytest.mark.skipif("avx2" not in CPU_FLAGS, reason="seen on x86 alone")
+@pytest.mark.skipif("avx512bw" not in CPU_FLAGS, reason="without AVX-512, medium changes nothing")
 @pytest.mark.parametrize("script", AGENTS)
 def test_medium_precision_is_float32_by_another_library_on_a_cpu_without_amx(script, tmp_path):
     highest = weights(script, tmp_path / "highest")
     medium = weights(script, tmp_path / "medium", "--matmul-precision", "medium")
-    assert largest_difference(highest, medium) < 1e-4
+    assert 0 < largest_difference(highest, medium) < 1e-4, "another library, no other precision"
 
 
 @pytest.mark.parametrize("script", AGENTS)
