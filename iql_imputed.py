@@ -2,37 +2,45 @@
 # /// script
 # requires-python = ">=3.11"
 # dependencies = [
-#   "torch==2.13.0", "numpy>=2.0,<3", "gymnasium[mujoco]>=1.2,<2", "mujoco>=3.3,<5", "minari[hdf5,hf]>=0.5.3,<0.6",
-#   "h5py>=3.12,<4", "tyro>=0.9.2,<2", "tqdm>=4.66,<5", "wandb>=0.19,<1", "matplotlib>=3.9,<4", "pytest>=8,<10"]
+#   "torch==2.13.0", "numpy>=2.0,<3", "gymnasium[mujoco]>=1.2,<2", "mujoco>=3.3,<5",
+#   "minari[hdf5,hf]>=0.5.3,<0.6", "h5py>=3.12,<4", "tyro>=0.9.2,<2", "tqdm>=4.66,<5",
+#   "wandb>=0.19,<1", "matplotlib>=3.9,<4", "pytest>=8,<10"
+# ]
 # ///
 """IQL on a dataset of which only a few transitions have a reward.
 
-Hides all but 1% of a dataset's rewards, fits a reward model to them (Eq. 4), imputes the others (Eq. 5), trains IQL.
-All seeds at once. After Romeo & Bagdanov (2024), "Offline Reinforcement Learning with Imputed Rewards".
+1. Load transitions; hide the rewards of all but 1% of them.
+2. Fit a reward model f(s, a) to that 1% (Eq. 4); every hidden reward becomes f(s, a) (Eq. 5).
+3. Make an IQL agent for every seed, and hand it the completed dataset.
+4. Train all seeds at once, evaluating them in the simulator now and then.
+5. Report the last evaluation.
 
-    python iql_imputed.py --num-updates 20_000                                 # the bundled dataset, no network
-    python iql_imputed.py --env-id walker2d-medium-replay-v2 --num-seeds 5     # D4RL
-    python iql_imputed.py --env-id hopper-medium-v2 --dataset-path log.hdf5    # your own; NaN reward = unlabelled
+After Romeo & Bagdanov (2024), "Offline Reinforcement Learning with Imputed Rewards".
+
+    python iql_imputed.py --num-updates 20_000                               # bundled dataset
+    python iql_imputed.py --env-id walker2d-medium-replay-v2 --num-seeds 5   # D4RL
+    python iql_imputed.py --dataset-path log.hdf5                            # NaN = unlabelled
 """
 
 import difflib
 import hashlib
-import io
 import json
-import multiprocessing
+import math
 import os
 import shlex
+import shutil
 import signal
 import socket
 import sys
 import threading
 import time
-from collections import namedtuple
-from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
-from contextlib import nullcontext, suppress
+import warnings
+from concurrent.futures import BrokenExecutor, Executor, ProcessPoolExecutor, ThreadPoolExecutor
+from contextlib import contextmanager
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from http.client import HTTPException
+from multiprocessing import get_context, parent_process
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -42,6 +50,7 @@ import minari
 import mujoco
 import numpy as np
 import torch
+import torch.nn.functional as F
 import tyro
 from torch import nn
 from tqdm import tqdm
@@ -49,49 +58,534 @@ from tqdm import tqdm
 
 @dataclass
 class Args:
-    env_id: str = "halfcheetah-medium-replay-mini"  # a D4RL name, a Minari id, or the bundled dataset (the default)
-    dataset_path: Path | None = None  # D4RL-schema HDF5 file to read instead; env_id, or any Gymnasium id, is its task
-    eval_env_id: str | None = None  # Gymnasium environment to evaluate in, if not the dataset's own
-    rewards: Literal["imputed", "labeled", "oracle", "zero"] = "imputed"  # hidden ones: predicted; left out; kept; 0
-    label_fraction: float | None = None  # share of the known rewards not hidden (0.01; 1.0 if the data has NaN rewards)
-    reward_hidden_dim: int = 256  # width of the reward model's two hidden layers
-    reward_epochs: int = 300  # passes over the labelled transitions
-    reward_learning_rate: float = 1e-4  # Adam's, for the reward model
+    # Data
+
+    env_id: str | None = None  # a D4RL name or a Minari id (none: the bundled dataset)
+    dataset_path: Path | None = (
+        None  # a D4RL-schema HDF5 file; env_id is then its simulator, if any
+    )
+    eval_env_id: str | None = None  # Gymnasium environment to evaluate in, if another
+
+    # Rewards
+
+    # What the agent sees instead of hidden rewards: the model's predictions; nothing, since it is
+    # given the labelled transitions alone; the true rewards; zeros; the mean of the labels.
+    rewards: Literal["imputed", "labeled", "oracle", "zero", "mean"] = "imputed"
+    label_fraction: float | None = None  # of known rewards, to be shown (0.01; all if some are NaN)
+    scale_rewards: bool = True  # divide by the range of episode returns, times 1000, as IQL does
+    reward_model: Literal["mlp", "gp"] = "mlp"  # the paper's; or a Gaussian process, for few labels
+    reward_hidden_dim: int = 256  # width of the MLP's two hidden layers
+    reward_epochs: int = 300  # its passes over the labelled transitions
+    reward_learning_rate: float = 1e-4  # Adam's, for the MLP
     reward_batch_size: int = 64  # labelled transitions in a batch
+
+    # IQL
+
     expectile: float = 0.7  # of the value function's regression; 0.5 is the mean
-    temperature: float = 3.0  # inverse temperature: how sharply the actor prefers actions of high advantage
-    learning_rate: float = 3e-4  # Adam's, for all networks of the agent
+    temperature: float = 3.0  # inverse temperature: how sharply actions of high advantage win
+    learning_rate: float = 3e-4  # Adam's, for all networks; the actor's falls to 0 as a cosine
     batch_size: int = 256  # transitions in a batch, for each seed
     gamma: float = 0.99  # discount factor
     tau: float = 0.005  # step of the targets towards the trained networks
-    num_updates: int = 1_000_000  # updates of V, actor, Q and target
+    num_updates: int = 1_000_000  # updates of V, actor, Q and targets
+
+    # Seeds and speed
+
     seed: int = 0  # the first seed
     num_seeds: int = 1  # seeds trained at once: seed, seed + 1, ...
-    device: Literal["auto", "cpu", "cuda"] = "auto"  # where to train; auto takes the GPU if there is one
-    eval_freq: int = 5_000  # updates between two evaluations
-    eval_episodes: int = 10  # deterministic episodes for each seed in an evaluation
-    eval_seed: int = 100  # episode i is reset with eval_seed + i
-    eval_workers: int = 0  # processes that evaluate while training goes on; 0 evaluates in this one
-    compile: bool = False  # compile losses and gradients: takes half a minute, then an update takes less
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto takes the GPU if there is one
+    compile: Literal["auto", "on", "off"] = (
+        "auto"  # compile losses; auto: if the run is long enough
+    )
+    matmul_precision: Literal["auto", "highest", "high", "medium"] = "auto"  # auto: fastest float32
     cuda_graph: bool = True  # on a GPU, record an update as a CUDA graph and replay it
-    matmul_precision: Literal["highest", "high", "medium"] = "highest"  # medium: faster; on x86 without AMX as exact
-    log_freq: int = 1_000  # updates between two readings of the losses
-    run_dir: Path | None = None  # where to write (runs/{env_id}__{script}__{rewards}__{seed}__{unix time})
+
+    # Evaluation and output
+
+    eval_freq: int = 5_000  # updates between two evaluations
+    eval_episodes: int = 10  # deterministic episodes for each seed
+    eval_workers: int = 0  # processes that evaluate while training goes on
+    run_dir: Path | None = None  # where to write (runs/...)
     resume: bool = False  # go on from the checkpoint in run_dir, or start if there is none
-    save_policy: bool = False  # write the trained policies as policy_seed{k}.npz, which numpy alone can read
-    track: bool = False  # log to Weights & Biases (WANDB_PROJECT, WANDB_ENTITY, WANDB_MODE=offline)
+    track: bool = False  # log to Weights & Biases
+    log_freq: int = 1_000  # updates between two readings of the losses, with --track
 
 
 class UserError(Exception):
     """What the user can put right: shown as one line, exit code 2."""
 
 
-def require(condition, message: str) -> None:
+def require(condition: bool, message: str) -> None:
     if not condition:
         raise UserError(message)
 
 
-# --- Dataset ---
+# --- Networks, and the data they learn from ---
+class Dataset(NamedTuple):
+    """N transitions in episode order, and where a policy trained on them can be evaluated."""
+
+    observations: np.ndarray  # (N, obs_dim), float32
+    actions: np.ndarray  # (N, act_dim), in the log's own units
+    rewards: np.ndarray  # (N,), NaN where nobody labelled
+    next_observations: np.ndarray  # (N, obs_dim)
+    terminals: np.ndarray  # (N,), 1 = the task ended: no bootstrap
+    episode_ids: np.ndarray  # (N,), int64, consecutive from 0
+    env: str | minari.MinariDataset | None  # names or holds the simulator, None if there is none
+    ref_min: float  # return of score 0; NaN: raw returns are reported
+    ref_max: float  # return of score 100
+    name: str
+
+
+class BatchedLinear(nn.Module):
+    """nn.Linear once per seed, in one product: (seeds, batch, in_dim) -> (seeds, batch, out_dim)."""
+
+    def __init__(self, in_dim: int, out_dim: int, generators: list[torch.Generator]):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(len(generators), in_dim, out_dim))
+        self.bias = nn.Parameter(torch.empty(len(generators), 1, out_dim))
+        # nn.Linear's initialisation, each seed from its own generator: the same weights
+        # whether a seed runs alone or among others.
+        bound = in_dim**-0.5
+        for k, generator in enumerate(generators):
+            nn.init.uniform_(self.weight.data[k], -bound, bound, generator=generator)
+            nn.init.uniform_(self.bias.data[k], -bound, bound, generator=generator)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.bmm(x, self.weight) + self.bias
+
+
+class MLP(nn.Module):
+    """Two hidden layers on normalised inputs, once per seed."""
+
+    def __init__(self, mean, std, hidden_dim: int, out_dim: int, generators: list[torch.Generator]):
+        super().__init__()
+        # The normaliser is part of the network, so that a saved network is complete.
+        self.register_buffer("mean", mean)  # (seeds, 1, in_dim), or (in_dim,) for all seeds
+        self.register_buffer("std", std)
+        self.layer1 = BatchedLinear(mean.shape[-1], hidden_dim, generators)
+        self.layer2 = BatchedLinear(hidden_dim, hidden_dim, generators)
+        self.layer3 = BatchedLinear(hidden_dim, out_dim, generators)
+
+    def forward(self, *inputs: torch.Tensor) -> torch.Tensor:
+        """Of observations (seeds, batch, obs_dim), or of observations and actions."""
+        x = (torch.cat(inputs, dim=-1) - self.mean) / self.std
+        x = F.relu(self.layer1(x))
+        x = F.relu(self.layer2(x))
+        return self.layer3(x)
+
+
+def make_generators(seeds: range, stream: int) -> list[torch.Generator]:
+    """One for each seed. Different streams draw different numbers for the same seed."""
+    return [torch.Generator().manual_seed(1_000_003 * stream + seed) for seed in seeds]
+
+
+def mean_and_std(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of each column, in float64: a float32 sum over a million rows is off in the fourth digit."""
+    std, mean = torch.std_mean(rows.double(), dim=0, correction=0)
+    return mean, std
+
+
+def gather(tensors: list | tuple, rows: torch.Tensor) -> list[torch.Tensor]:
+    """Each seed's rows: tensors (seeds, N, ...), rows (seeds, batch) -> (seeds, batch, ...)."""
+    seeds = torch.arange(len(rows), device=rows.device).unsqueeze(1)
+    return [tensor[seeds, rows] for tensor in tensors]
+
+
+# --- Reward model (Romeo & Bagdanov 2024) ---
+def split_labels(rewards: np.ndarray, fraction: float | None, seeds: range) -> np.ndarray:
+    """Draw the transitions whose reward each seed may see: their indices, (seeds, labels)."""
+    known = np.flatnonzero(~np.isnan(rewards))
+    require(len(known) > 0, "no transition is labelled: every reward is NaN")
+    if fraction is None:  # the paper's 1%; of a log that people labelled, every label
+        fraction = 0.01 if len(known) == len(rewards) else 1.0
+    num_labels = max(1, round(fraction * len(known)))
+    draws = [np.random.default_rng(seed).choice(known, num_labels, replace=False) for seed in seeds]
+    return np.sort(draws, axis=1)
+
+
+class GaussianProcess(nn.Module):
+    """Bayesian linear regression plus a smooth function, for few labels; once per seed.
+
+    Before any label is seen, f is a random function of x = (s, a) with the covariance
+        k(a, b) = 1 + linear sum_j r_j a_j b_j + smooth exp(-sum_j (a_j - b_j)^2 / (2 l_j^2)):
+    a constant, plus a linear function whose input j has the relevance r_j, plus a function that
+    varies over lengths l_j. After the labels y = f(X) + noise, its expectation is
+        f(x) = k(x, X) @ weights,  where  weights = (k(X, X) + noise I)^-1 y.    (2.25)
+    Rasmussen & Williams (2006), Gaussian Processes for Machine Learning."""
+
+    def __init__(self, mean, std, num_seeds: int, num_labels: int):
+        super().__init__()
+        in_dim = len(mean)
+        num_labels = min(num_labels, 2000)  # time grows with the cube: of more, 2,000 are used
+        self.register_buffer("mean", mean)  # (in_dim,), as in MLP
+        self.register_buffer("std", std)
+        self.register_buffer("x", torch.zeros(num_seeds, num_labels, in_dim).double())
+        self.register_buffer("weights", torch.zeros(num_seeds, num_labels, 1).double())
+
+        def log_parameter(start: float, width: int) -> nn.Parameter:  # the logarithm of what is > 0
+            return nn.Parameter(torch.full((num_seeds, 1, width), start).double())
+
+        self.log_noise = log_parameter(-1.0, 1)
+        self.log_linear = log_parameter(-math.log(in_dim), 1)  # so that the sum over j is near 1
+        self.log_smooth = log_parameter(-1.0, 1)
+        self.log_relevance = log_parameter(0.0, in_dim)
+        self.log_inverse_length = log_parameter(-math.log(in_dim) / 2, in_dim)
+
+    def inputs(self, observations: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
+        x = (torch.cat([observations, actions], dim=-1) - self.mean) / self.std
+        return x.double()  # float32 is too coarse to invert k(X, X)
+
+    def kernel(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        """k of all pairs: (seeds, n, in_dim), (seeds, m, in_dim) -> (seeds, n, m)."""
+        product = (a * self.log_relevance.exp()) @ b.mT
+        inverse_length = self.log_inverse_length.exp()
+        distance = torch.cdist(a * inverse_length, b * inverse_length)
+        smooth = self.log_smooth.exp() * torch.exp(-distance.square() / 2)
+        return 1 + self.log_linear.exp() * product + smooth
+
+    def cholesky(self, x: torch.Tensor) -> torch.Tensor:
+        """The lower triangular L with L @ L.mT = k(X, X) + noise I."""
+        noise = self.log_noise.exp() + 1e-4  # 1e-4: never so little that L does not exist
+        return torch.linalg.cholesky(self.kernel(x, x) + noise * torch.eye(x.shape[1]).to(x))
+
+    def fit(self, observations, actions, rewards) -> None:
+        """Labels, (seeds, labels, ...): first the parameters that explain them best, then (2.25)."""
+        x, y = self.inputs(observations, actions), rewards.double().unsqueeze(-1)
+        spread = torch.linspace(0, x.shape[1] - 1, self.x.shape[1]).long()
+        x, y = x[:, spread], y[:, spread]
+        few = torch.linspace(0, x.shape[1] - 1, min(x.shape[1], 500)).long()  # enough for the loss
+        starts = [parameter.detach().clone() for parameter in self.parameters()]
+        optimizer = torch.optim.Adam(self.parameters(), lr=0.1)
+        for _ in range(100):
+            # -log p(y | parameters), but for a constant (2.30).
+            L = self.cholesky(x[:, few])
+            white = torch.linalg.solve_triangular(L, y[:, few], upper=False)
+            loss = white.square().sum() / 2 + L.diagonal(dim1=1, dim2=2).log().sum()
+            # -log p(parameters): a priori each is normal, with variance 1 around its start.
+            for parameter, start in zip(self.parameters(), starts):
+                loss = loss + (parameter - start).square().sum() / 2
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        self.x = x
+        self.weights = torch.cholesky_solve(y, self.cholesky(x)).detach()
+
+    def forward(self, observations: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
+        """(seeds, batch, ...) -> (seeds, batch, 1)."""
+        return self.kernel(self.inputs(observations, actions), self.x) @ self.weights
+
+
+class RewardModel(nn.Module):
+    """f(s, a) of each seed, in the rewards' own unit; the model within sees standard units."""
+
+    def __init__(self, dataset: Dataset, labels: np.ndarray, generators, args):
+        super().__init__()
+        rewards = dataset.rewards[labels]
+        fits = (np.ptp(rewards, axis=1) > 0).all()
+        require(fits, f"a seed's {labels.shape[1]} labelled rewards are all equal: label more")
+        mean, std = mean_and_std(torch.from_numpy(rewards).T)
+        self.register_buffer("reward_mean", mean.unsqueeze(1))  # (seeds, 1), float64
+        self.register_buffer("reward_std", std.unsqueeze(1))
+        # Observations and actions are known without labels, so all of them normalise. A feature
+        # that is nearly always the same must not become huge where it is not, hence the maximum.
+        observations, actions = map(torch.from_numpy, (dataset.observations, dataset.actions))
+        mean, std = mean_and_std(observations)
+        std = torch.maximum(std, (observations.amax(dim=0) - observations.amin(dim=0)) / 1000)
+        low, high = actions.amin(dim=0), actions.amax(dim=0)  # actions: to [-1, 1]
+        mean = torch.cat([mean, (low + high) / 2])
+        std = torch.cat([std, (high - low) / 2])
+        std[std == 0] = 1  # an input that never changes
+        if args.reward_model == "gp":
+            self.model = GaussianProcess(mean.float(), std.float(), *labels.shape)
+        else:
+            self.model = MLP(mean.float(), std.float(), args.reward_hidden_dim, 1, generators)
+
+    def forward(self, observations: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
+        """(seeds, batch, ...) -> (seeds, batch)."""
+        return self.reward_mean + self.reward_std * self.model(observations, actions).squeeze(-1)
+
+
+def reward_backward(model: MLP, observations, actions, rewards) -> None:
+    """The gradients of Eq. 4."""
+    loss = (model(observations, actions).squeeze(-1) - rewards).square().mean(dim=1)  # (seeds,)
+    loss.sum().backward()  # a sum over seeds: each gets the gradient it would have alone
+
+
+def fit_reward_model(reward_model: RewardModel, dataset: Dataset, labels, generators, args) -> None:
+    """Minimise Eq. 4 on each seed's labelled transitions, or condition the Gaussian process."""
+    model, device = reward_model.model, reward_model.reward_mean.device
+    observations = torch.from_numpy(dataset.observations[labels]).to(device)  # (seeds, labels, ...)
+    actions = torch.from_numpy(dataset.actions[labels]).to(device)
+    rewards = torch.from_numpy(dataset.rewards[labels]).to(device)
+    rewards = ((rewards - reward_model.reward_mean) / reward_model.reward_std).float()
+    if isinstance(model, GaussianProcess):
+        return model.fit(observations, actions, rewards)
+
+    settings = {"lr": args.reward_learning_rate, "fused": True, "capturable": True}
+    optimizer = torch.optim.Adam(model.parameters(), **settings)
+    num_seeds, num_labels = labels.shape
+    batch_size = min(args.reward_batch_size, num_labels)
+    num_batches = math.ceil(num_labels / batch_size)
+    rows = torch.zeros(num_seeds, batch_size, dtype=torch.long, device=device)
+
+    def step() -> None:
+        batch = gather([observations, actions, rewards], rows)
+        optimizer.zero_grad()
+        reward_backward(model, *batch)
+        optimizer.step()
+
+    steps = repeat(step, [], recorded=args.cuda_graph and device.type == "cuda")
+    for _ in tqdm(range(args.reward_epochs), "reward model", leave=False, disable=None):
+        order = torch.stack([torch.randperm(num_labels, generator=g) for g in generators])
+        # All batches are of one size: the last one is filled up with labels of the first.
+        missing = num_batches * batch_size - num_labels
+        order = torch.cat([order, order[:, :missing]], dim=1).to(device)
+        for batch_rows in order.split(batch_size, dim=1):
+            rows.copy_(batch_rows)
+            next(steps)
+
+
+@torch.no_grad()
+def impute_rewards(reward_model: RewardModel, dataset: Dataset, labels: np.ndarray) -> np.ndarray:
+    """Eq. 5: a labelled transition keeps its reward, any other gets f(s, a); (seeds, N)."""
+    device = reward_model.reward_mean.device
+    rewards = np.empty((len(labels), len(dataset.rewards)), np.float32)
+    for start in range(0, len(dataset.rewards), 2048):  # in chunks: hidden layers are large
+        chunk = slice(start, start + 2048)
+        observations = torch.from_numpy(dataset.observations[chunk]).to(device)
+        actions = torch.from_numpy(dataset.actions[chunk]).to(device)
+        each_seed = observations.expand(len(labels), -1, -1), actions.expand(len(labels), -1, -1)
+        rewards[:, chunk] = reward_model(*each_seed).cpu()
+    np.put_along_axis(rewards, labels, dataset.rewards[labels], axis=1)
+    return rewards
+
+
+def imputation_quality(imputed: np.ndarray, dataset: Dataset, labels: np.ndarray) -> dict | None:
+    """How well each seed's imputed rewards match the hidden ones, which no agent sees.
+
+    None if nothing is hidden. The correlation is that of the returns of episodes that are
+    known as a whole."""
+    quality = {"r2": [], "mse": [], "mae": [], "return_correlation": []}
+    true_returns = np.bincount(dataset.episode_ids, dataset.rewards)
+    known = ~np.isnan(true_returns)
+    for rewards, rows in zip(imputed, labels):
+        hidden = ~np.isnan(dataset.rewards)
+        hidden[rows] = False
+        if not hidden.any():
+            return None
+        true = dataset.rewards[hidden].astype(np.float64)
+        error = rewards[hidden] - true
+        returns = np.bincount(dataset.episode_ids, rewards)
+        with np.errstate(all="ignore"):  # of equal rewards or returns neither is defined: NaN
+            quality["r2"].append(float(1 - np.mean(error**2) / np.var(true)))
+            correlation = np.corrcoef(true_returns[known], returns[known])[0, 1]
+        quality["mse"].append(float(np.mean(error**2)))
+        quality["mae"].append(float(np.mean(np.abs(error))))
+        quality["return_correlation"].append(float(correlation))
+    return quality
+
+
+# --- IQL (Kostrikov et al. 2022) ---
+ACTION_BOUND = 1 - 1e-5  # of the dataset's actions, once they are scaled
+
+
+class Transitions(NamedTuple):
+    """Each seed's rows of the dataset: all it may draw from, or one batch."""
+
+    observations: torch.Tensor  # (seeds, rows, obs_dim)
+    actions: torch.Tensor  # (seeds, rows, act_dim), scaled to [-1, 1]
+    rewards: torch.Tensor  # (seeds, rows)
+    next_observations: torch.Tensor
+    terminals: torch.Tensor  # (seeds, rows), 1 = no bootstrap
+
+
+class Agent:
+    """Networks of all seeds; as in the original, they see observations as they are."""
+
+    def __init__(self, data: Transitions, generators: list[torch.Generator], args: Args):
+        device = data.observations.device
+        obs_dim, act_dim = data.observations.shape[-1], data.actions.shape[-1]
+        zero, one = (
+            torch.zeros(len(generators), 1, obs_dim),
+            torch.ones(len(generators), 1, obs_dim),
+        )
+        # A Gaussian policy: its mean is tanh of the network, its std the same for all states.
+        self.actor = MLP(zero, one, 256, act_dim, generators)
+        self.actor.log_std = nn.Parameter(torch.zeros(len(generators), 1, act_dim))
+        self.value = MLP(zero, one, 256, 1, generators)
+        zero, one = F.pad(zero, (0, act_dim), value=0.0), F.pad(one, (0, act_dim), value=1.0)
+        self.q1 = MLP(zero, one, 256, 1, generators)
+        self.q2 = MLP(zero, one, 256, 1, generators)
+        for network in (self.actor, self.value, self.q1, self.q2):
+            init_orthogonal(network, generators)
+            network.to(device)
+        self.q1_target = deepcopy(self.q1)
+        self.q2_target = deepcopy(self.q2)
+        settings = {"lr": args.learning_rate, "fused": True, "capturable": True}  # for CUDA graphs
+        self.value_optimizer = torch.optim.Adam(self.value.parameters(), **settings)
+        q_parameters = [*self.q1.parameters(), *self.q2.parameters()]
+        self.q_optimizer = torch.optim.Adam(q_parameters, **settings)
+        settings["lr"] = torch.tensor(args.learning_rate, device=device)  # a tensor: it will change
+        self.actor_optimizer = torch.optim.Adam(self.actor.parameters(), **settings)
+
+
+def init_orthogonal(network: MLP, generators: list[torch.Generator]) -> None:
+    """Orthogonal weights of gain sqrt(2) and zero biases, as the original's."""
+    for layer in (network.layer1, network.layer2, network.layer3):
+        nn.init.zeros_(layer.bias)
+        for weight, generator in zip(layer.weight.data, generators):
+            nn.init.orthogonal_(weight, gain=math.sqrt(2), generator=generator)
+
+
+def sample(data: Transitions, batch_size: int, generator: torch.Generator) -> Transitions:
+    """Transitions drawn uniformly with replacement, for each seed its own."""
+    num_seeds, num_rows = data.rewards.shape
+    device = data.rewards.device
+    rows = torch.randint(num_rows, (num_seeds, batch_size), generator=generator, device=device)
+    return Transitions(*gather(data, rows))
+
+
+@torch.no_grad()
+def target_q(agent: Agent, batch: Transitions) -> torch.Tensor:
+    """The smaller of both target critics at the dataset's actions, (seeds, batch)."""
+    q1 = agent.q1_target(batch.observations, batch.actions)
+    q2 = agent.q2_target(batch.observations, batch.actions)
+    return torch.min(q1, q2).squeeze(-1)
+
+
+def value_loss(agent: Agent, batch: Transitions, q: torch.Tensor, args: Args) -> torch.Tensor:
+    """Expectile regression of V(s) on Q(s, a), (seeds,): errors above count more than below."""
+    advantage = q - agent.value(batch.observations).squeeze(-1)
+    weight = torch.where(advantage > 0, args.expectile, 1 - args.expectile)
+    return (weight * advantage.square()).mean(dim=1)
+
+
+def actor_loss(agent: Agent, batch: Transitions, q: torch.Tensor, args: Args) -> torch.Tensor:
+    """Cloning of the dataset's actions, each weighted by exp(advantage), (seeds,)."""
+    with torch.no_grad():
+        advantage = q - agent.value(batch.observations).squeeze(-1)
+        weight = torch.exp(args.temperature * advantage).clamp(max=100)
+    mean = agent.actor(batch.observations).tanh()
+    log_std = agent.actor.log_std.clamp(-5, 2)
+    error = (batch.actions - mean) / log_std.exp()
+    log_prob = -error.square() / 2 - log_std - math.log(2 * math.pi) / 2
+    return -(weight * log_prob.sum(dim=-1)).mean(dim=1)
+
+
+def critic_loss(agent: Agent, batch: Transitions, args: Args) -> torch.Tensor:
+    """Regression of both critics on r + gamma V(s'), (seeds,)."""
+    with torch.no_grad():
+        next_value = agent.value(batch.next_observations).squeeze(-1)
+        target = batch.rewards + args.gamma * (1 - batch.terminals) * next_value
+    q1 = agent.q1(batch.observations, batch.actions).squeeze(-1)
+    q2 = agent.q2(batch.observations, batch.actions).squeeze(-1)
+    return (q1 - target).square().mean(dim=1) + (q2 - target).square().mean(dim=1)
+
+
+# A loss and its gradients are one function each, since together they compile best.
+def value_backward(agent: Agent, batch: Transitions, q: torch.Tensor, args: Args):
+    loss = value_loss(agent, batch, q, args)
+    loss.sum().backward()  # a sum over seeds: each gets the gradient it would have alone
+    return loss.detach()
+
+
+def actor_backward(agent: Agent, batch: Transitions, q: torch.Tensor, args: Args):
+    loss = actor_loss(agent, batch, q, args)
+    loss.sum().backward()
+    return loss.detach()
+
+
+def critic_backward(agent: Agent, batch: Transitions, args: Args):
+    loss = critic_loss(agent, batch, args)
+    loss.sum().backward()
+    return loss.detach()
+
+
+def update(agent: Agent, data: Transitions, generator: torch.Generator, args: Args) -> dict:
+    """V, then the actor and Q, which both use the updated V; then the targets."""
+    batch = sample(data, args.batch_size, generator)
+    q = target_q(agent, batch)
+
+    agent.value_optimizer.zero_grad()
+    v_loss = value_backward(agent, batch, q, args)
+    agent.value_optimizer.step()
+
+    agent.actor_optimizer.zero_grad()
+    pi_loss = actor_backward(agent, batch, q, args)
+    agent.actor_optimizer.step()
+
+    agent.q_optimizer.zero_grad()
+    q_loss = critic_backward(agent, batch, args)
+    agent.q_optimizer.step()
+
+    update_target(agent.q1_target, agent.q1, args.tau)
+    update_target(agent.q2_target, agent.q2, args.tau)
+    return {"losses/value_loss": v_loss, "losses/actor_loss": pi_loss, "losses/critic_loss": q_loss}
+
+
+def set_actor_rate(agent: Agent, num_updates: int, args: Args) -> None:
+    """The cosine; in place, since a recorded update reads this very tensor."""
+    cosine = math.cos(math.pi * num_updates / args.num_updates)
+    agent.actor_optimizer.param_groups[0]["lr"].fill_(args.learning_rate * (1 + cosine) / 2)
+
+
+@torch.no_grad()
+def update_target(target: nn.Module, network: nn.Module, tau: float) -> None:
+    for target_parameter, parameter in zip(target.parameters(), network.parameters()):
+        target_parameter.lerp_(parameter, tau)  # target + tau * (network - target)
+
+
+# --- What the agent sees ---
+def agent_rewards(kind: str, dataset: Dataset, labels: np.ndarray, imputed) -> np.ndarray:
+    """Each seed's rewards by the choice of --rewards, (seeds, N)."""
+    labelled = dataset.rewards[labels]
+    rewards = np.zeros((len(labels), len(dataset.rewards)), np.float32)
+    if kind == "imputed":
+        rewards[:] = imputed
+    if kind == "oracle":
+        rewards[:] = dataset.rewards
+    if kind == "mean":
+        rewards[:] = labelled.mean(axis=1, dtype=np.float64, keepdims=True)
+    np.put_along_axis(rewards, labels, labelled, axis=1)  # zero, mean: labels stay as they are
+    return rewards
+
+
+def reward_scale(rewards: np.ndarray, labels: np.ndarray, dataset: Dataset, labeled_only: bool):
+    """1000 / (largest - smallest episode return) for each seed, (seeds, 1); as IQL's original.
+
+    With `labeled_only` no return is known: each is estimated as the mean of the episode's own
+    labels times its length."""
+    scales = []
+    lengths = np.bincount(dataset.episode_ids)
+    for k, seed_rewards in enumerate(rewards):
+        rows = labels[k] if labeled_only else np.arange(len(seed_rewards))
+        episodes, ids, counts = np.unique(
+            dataset.episode_ids[rows], return_inverse=True, return_counts=True
+        )
+        returns = np.bincount(ids, seed_rewards[rows]) / counts * lengths[episodes]
+        differ = np.ptp(returns) > 1e-6 * np.abs(returns).max()
+        require(differ, "all episode returns are equal: --scale-rewards has nothing to divide by")
+        scales.append([1000 / np.ptp(returns)])
+    return np.float32(scales)
+
+
+def make_transitions(dataset: Dataset, rewards: np.ndarray, task, bound: float, device):
+    """All transitions as tensors (seeds, N, ...); seeds share everything but the rewards."""
+    actions = scale_actions(dataset.actions, task).clip(-bound, bound)
+
+    def share(array: np.ndarray) -> torch.Tensor:  # a view for each seed, not a copy
+        return torch.from_numpy(array).to(device).expand(len(rewards), *array.shape)
+
+    return Transitions(
+        observations=share(dataset.observations),
+        actions=share(actions),
+        rewards=torch.from_numpy(rewards).to(device),
+        next_observations=share(dataset.next_observations),
+        terminals=share(dataset.terminals),
+    )
+
+
+# --- Loading a dataset ---
 BUNDLED = "halfcheetah-medium-replay-mini"  # self-collected, not D4RL: tests/data/README.md
 SHA256 = {
     BUNDLED: "5ebac26957e14a6220d6f69990b73c41f2cc995b577b2d0bf49723c2c85d688b",
@@ -105,384 +599,417 @@ SHA256 = {
     "hopper-medium-expert-v2": "9d51ad87f8c905be3880d84c6140bcdb7fbf39a19e046a237f238ba34fec9e26",
     "walker2d-medium-expert-v2": "6b8d7f868c45bbaedf460be797fb7271b46dee6ebe45fe7a64319f2005b59a04",
 }
-D4RL_TASKS = {  # evaluation environment, returns of a random and of an expert policy (scores 0 and 100)
+D4RL_TASKS = {  # simulator, returns of a random and of an expert policy
     "halfcheetah": ("HalfCheetah-v4", -280.178953, 12135.0),
     "hopper": ("Hopper-v4", -20.272305, 3234.3),
     "walker2d": ("Walker2d-v4", 1.629008, 4592.3),
 }
-D4RL_URLS = ["https://rail.eecs.berkeley.edu/datasets/offline_rl/gym_mujoco_v2/"]  # has been down for days at a time
-D4RL_URLS += ["https://huggingface.co/datasets/imone/D4RL/resolve/main/"]
+D4RL_URLS = [
+    "https://rail.eecs.berkeley.edu/datasets/offline_rl/gym_mujoco_v2/",
+    "https://huggingface.co/datasets/imone/D4RL/resolve/main/",  # when the first is down
+]
 
 
-class Dataset(NamedTuple):
-    observations: np.ndarray  # (N, obs_dim), float32, transitions in episode order
-    actions: np.ndarray  # (N, act_dim), scaled to [-1, 1]
-    rewards: np.ndarray  # (N,), NaN where nobody labelled
-    next_observations: np.ndarray  # (N, obs_dim)
-    terminals: np.ndarray  # (N,), 1 = the task ended: no bootstrap
-    episode_ids: np.ndarray  # (N,), int64, consecutive from 0
-    env_spec: gym.envs.registration.EnvSpec  # the environment to evaluate in
-    action_low: np.ndarray  # (act_dim,), its bounds
-    action_high: np.ndarray  # (act_dim,)
-    ref_min: float  # return of score 0; NaN: no such references, raw returns are reported
-    ref_max: float  # return of score 100
-    sha256: str  # of the transitions
+def load_dataset(env_id: str | None = None, dataset_path: Path | None = None) -> Dataset:
+    """A D4RL, Minari, bundled or local HDF5 dataset; UserError if it cannot be trained on."""
+    if dataset_path:
+        name = env_id or dataset_path.stem
+        env, ref_min, ref_max = find_task(env_id)
+        columns = read_hdf5(dataset_path, follow_d4rl=False)
+    elif env_id is None or env_id in SHA256:
+        name = env_id or BUNDLED
+        env, ref_min, ref_max = D4RL_TASKS[name.split("-")[0]]
+        columns = read_hdf5(find_file(name), follow_d4rl=True)
+    else:
+        name = env_id
+        minari_dataset = load_minari(name)
+        env = minari_dataset if minari_dataset.env_spec else None
+        ref_min = minari_dataset.storage.metadata.get("ref_min_score", np.nan)
+        ref_max = minari_dataset.storage.metadata.get("ref_max_score", np.nan)
+        columns = read_minari(minari_dataset)
+
+    require(len(columns["rewards"]) > 0, "the dataset has no transitions")
+    for key in ("observations", "actions", "next_observations"):
+        require(np.isfinite(columns[key]).all(), f"the dataset has NaN or inf in {key}")
+    infinite = np.isinf(columns["rewards"]).any()
+    require(not infinite, "the dataset has inf in rewards (NaN means unlabelled)")
+    return Dataset(**columns, env=env, ref_min=ref_min, ref_max=ref_max, name=name)
 
 
-def load_dataset(env_id: str, dataset_path: Path | None = None, eval_env_id: str | None = None) -> Dataset:
-    """A D4RL, Minari, bundled or local HDF5 dataset; raises UserError if it cannot be trained on."""
-    task, source, ref_min, ref_max = env_id.split("-")[0], env_id, np.nan, np.nan
-    if env_id in SHA256 or (dataset_path and task in D4RL_TASKS):
-        source, ref_min, ref_max = D4RL_TASKS[task]
-    elif "/" in env_id or env_id in minari.list_local_datasets():
-        try:
-            source = minari.load_dataset(env_id, download=True)
-            make_env(eval_env_id or source)  # a dataset may have none
-        except Exception as error:  # unknown id, no network, damaged files: Minari has no common error for them
-            raise UserError(f"cannot load the Minari dataset {env_id}: {error}") from error
-        ref_min, ref_max = (source.storage.metadata.get(f"ref_{end}_score", np.nan) for end in ("min", "max"))
-    elif not dataset_path:
-        near = difflib.get_close_matches(env_id, [*SHA256, *minari.list_local_datasets()], cutoff=0)
-        raise UserError(f"unknown --env-id {env_id}; nearest: {', '.join(near)}; remote Minari ids have a slash")
-    env = make_env(eval_env_id or source)
-    spaces = (env.observation_space, env.action_space)
-    vectors = all(isinstance(space, gym.spaces.Box) and len(space.shape) == 1 for space in spaces)
-    require(vectors, f"{env.spec.id}: observations and actions must be continuous vectors (1-D Box), not {spaces}")
-    path = dataset_path or (find_file(env_id) if env_id in SHA256 else None)
-    columns = read_hdf5(path, None if dataset_path else SHA256[env_id]) if path else read_minari(source)
-    observations, actions, rewards, next_observations, terminals, episode_ids = columns
-    require(len(rewards), "the dataset has no transitions")
-    shapes = (observations.shape[1:], actions.shape[1:])
-    require(shapes == (spaces[0].shape, spaces[1].shape), f"the dataset has shapes {shapes}; {env.spec.id}: {spaces}")
-    finite = all(np.isfinite(array).all() for array in (observations, actions, next_observations))
-    require(finite, "the dataset has NaN or inf in observations or actions")
-    require(not np.isinf(rewards).any(), "the dataset has inf in rewards; only NaN is understood there: unlabelled")
-    low, high = env.action_space.low, env.action_space.high
-    require(np.isfinite([low, high]).all(), f"the actions of {env.spec.id} have no bounds: {env.action_space}")
-    actions = (actions - (high + low) / 2) / ((high - low) / 2)  # exactly the identity for bounds of -1 and 1
-    require(np.abs(actions).max() <= 1 + 1e-5, f"actions beyond the bounds of {env.spec.id}: {env.action_space}")
-    arrays = (observations, actions, rewards, next_observations, np.float32(terminals), episode_ids)
-    digest = hashlib.sha256(b"".join(hashlib.sha256(array).digest() for array in arrays))
-    return Dataset(*arrays, env.spec, low, high, ref_min, ref_max, digest.hexdigest())
-
-
-def make_env(env: str | gym.envs.registration.EnvSpec | minari.MinariDataset) -> gym.Env:
-    """An evaluation environment, without the simulator's warnings about the old but comparable -v4 tasks."""
-    mujoco.set_mju_user_warning(lambda message: None)  # else MUJOCO_LOG.TXT appears in the user's folder
-    gym.logger.min_level = gym.logger.ERROR
-    return env.recover_environment(eval_env=True) if isinstance(env, minari.MinariDataset) else gym.make(env)
+def find_task(env_id: str | None) -> tuple[str | None, float, float]:
+    """Simulator and reference returns for one's own file: of a D4RL name, else of a Gymnasium id."""
+    no_references = (env_id, np.nan, np.nan)
+    if env_id is None or env_id in gym.registry:
+        return no_references
+    return D4RL_TASKS.get(env_id.split("-")[0], no_references)
 
 
 def find_file(env_id: str) -> Path:
-    """The bundled file, or a D4RL file in the d4rl package's own cache, downloaded into it if missing."""
+    """The bundled file, or a D4RL file in the d4rl package's cache, downloaded if missing."""
     if env_id == BUNDLED:
-        return Path(__file__).parent / "tests" / "data" / f"{BUNDLED}.hdf5"
-    folder = Path(os.environ.get("D4RL_DATASET_DIR", "~/.d4rl/datasets")).expanduser()
-    path, failures = folder / (env_id.removesuffix("-v2").replace("-", "_") + "-v2.hdf5"), []
-    folder.mkdir(parents=True, exist_ok=True)
-    socket.setdefaulttimeout(30)  # seconds without a byte, from here on; download_url_to_file sets none
-    for url in () if path.exists() else D4RL_URLS:
-        print(f"downloading {url}{path.name}")
-        try:
-            torch.hub.download_url_to_file(url + path.name, str(path), hash_prefix=SHA256[env_id])
-            break
-        except (OSError, HTTPException, RuntimeError) as error:  # RuntimeError: the wrong bytes
-            failures.append(f"{url}: {error}")
-    hint = f"put it at {path} by hand, or use the bundled --env-id {BUNDLED}, which needs no network"
-    require(path.exists(), f"cannot download {path.name} ({'; '.join(failures)}); {hint}")
+        path = Path(__file__).resolve().parent / "tests" / "data" / f"{BUNDLED}.hdf5"
+    else:
+        folder = Path(os.environ.get("D4RL_DATASET_DIR", "~/.d4rl/datasets")).expanduser()
+        path = folder / (env_id.removesuffix("-v2").replace("-", "_") + "-v2.hdf5")
+        download(path, SHA256[env_id])
+    with open(path, "rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    require(found == SHA256[env_id], f"{path} has SHA-256 {found}, not {SHA256[env_id]}: delete it")
     return path
 
 
-def read_hdf5(path: Path, expected_sha256: str | None = None) -> tuple[np.ndarray, ...]:
-    """The first six fields of Dataset from a D4RL-schema HDF5 file, by the rule of d4rl.qlearning_dataset."""
-    keys = ("observations", "actions", "rewards", "terminals", "timeouts")
-    with open(path, "rb") as file:  # hashed and read through one handle, so that no other bytes slip in between
-        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-        require(expected_sha256 in (None, sha256), f"{path} has SHA-256 {sha256}, not {expected_sha256}: delete it")
+def download(path: Path, sha256: str) -> None:
+    """Fetch a D4RL file from the first host that has it, unless it is there."""
+    failures = []
+    for url in D4RL_URLS:
+        if path.exists():
+            return
+        print(f"downloading {url}{path.name}")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        socket.setdefaulttimeout(30)  # seconds without a byte
         try:
-            with h5py.File(file, "r") as h5:
-                observations, actions, *flat = (h5[key].astype(np.float32)[()] for key in keys)
-        except Exception as error:  # whatever h5py raises on a damaged or foreign file, the file is at fault
-            raise UserError(f"{path} is no readable HDF5 file with {', '.join(keys)}: {error}") from error
-    rewards, terminals, timeouts = (column.reshape(-1) for column in flat)  # replay files have rewards (rows, 1)
-    shapes = [column.shape for column in (observations, actions, rewards, terminals, timeouts)]
-    require(len({shape[:1] for shape in shapes}) == 1, f"{path} has different lengths or wrong shapes: {shapes}")
-    require(np.isfinite([terminals, timeouts]).all(), f"{path} has NaN or inf in terminals or timeouts")
-    # Timeouts and the last row have no next observation: dropped. A terminal row's is another episode's: mask it.
-    rows, ends = np.flatnonzero(timeouts[:-1] == 0), (terminals != 0) | (timeouts != 0)
-    _, episode_ids = np.unique((np.cumsum(ends) - ends)[rows], return_inverse=True)  # no hole where all rows dropped
-    return observations[rows], actions[rows], rewards[rows], observations[rows + 1], terminals[rows] != 0, episode_ids
+            torch.hub.download_url_to_file(url + path.name, str(path), sha256)
+        except (OSError, HTTPException, RuntimeError) as error:  # RuntimeError: wrong bytes
+            failures.append(f"{url}: {error}")
+    require(
+        path.exists(),
+        f"cannot download {path.name} ({'; '.join(failures)}); put it at {path} by hand, "
+        f"or use the bundled --env-id {BUNDLED}, which needs no network",
+    )
 
 
-def read_minari(dataset: minari.MinariDataset) -> tuple[np.ndarray, ...]:
-    """The first six fields of Dataset; an episode has T + 1 observations, so no step is dropped."""
-    steps = [(e.observations[:-1], e.actions, e.rewards, e.observations[1:], e.terminations) for e in dataset if len(e)]
-    require(steps, f"{dataset.id} has no transitions")
-    columns = (np.concatenate(column).astype(np.float32) for column in zip(*steps))
-    return *columns, np.repeat(np.arange(len(steps)), [len(actions) for _, actions, *_ in steps])
+def read_hdf5(path: Path, follow_d4rl: bool) -> dict[str, np.ndarray]:
+    """The columns of Dataset from a D4RL-schema file, by D4RL's rule or that for one's own logs."""
+    arrays = read_columns(path)
+    terminals, timeouts = find_ends(path, arrays)
+    is_kept = find_transitions(arrays, terminals, timeouts, follow_d4rl)
+    next_observations = np.append(arrays["observations"][1:], arrays["observations"][-1:], axis=0)
+    if not follow_d4rl:
+        next_observations = arrays.get("next_observations", next_observations)
+        report_dropped(path, arrays["rewards"], is_kept)
+
+    ends = terminals | timeouts
+    episode_ids = np.cumsum(ends) - ends  # the number of ends before each row
+    _, episode_ids = np.unique(episode_ids[is_kept], return_inverse=True)  # no holes
+    return {
+        "observations": arrays["observations"][is_kept],
+        "actions": arrays["actions"][is_kept],
+        "rewards": arrays["rewards"][is_kept],
+        "next_observations": next_observations[is_kept],
+        "terminals": terminals[is_kept].astype(np.float32),
+        "episode_ids": episode_ids,
+    }
 
 
-# --- Seeds as a batch dimension ---
-class BatchedLinear(nn.Module):
-    """A linear layer a generator, (models, batch, in_dim) -> (models, batch, out_dim); fewer inputs meet the first ones."""
-
-    def __init__(self, generators: list, in_dim: int, out_dim: int):
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(len(generators), in_dim, out_dim))
-        self.bias = nn.Parameter(torch.empty(len(generators), 1, out_dim))
-        for weight, bias, generator in zip(self.weight.data, self.bias.data, generators):  # as nn.Linear does it
-            nn.init.uniform_(weight, -(in_dim**-0.5), in_dim**-0.5, generator=generator)
-            nn.init.uniform_(bias, -(in_dim**-0.5), in_dim**-0.5, generator=generator)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        w, b = (self.weight, self.bias) if len(x) == len(self.weight) else (self.weight[: len(x)], self.bias[: len(x)])
-        return torch.bmm(x, w) + b if torch.compiler.is_compiling() else torch.baddbmm(b, x, w)  # compiled, + is fused
+def find_transitions(arrays: dict, terminals, timeouts, follow_d4rl: bool) -> np.ndarray:
+    """The rows that are whole transitions, (rows,), bool."""
+    has_next = ~timeouts  # the next row holds the next observation
+    has_next[-1:] = False
+    if follow_d4rl:  # drops all others, and so does every published score
+        return has_next
+    if "next_observations" in arrays:
+        return np.ones_like(has_next)
+    return has_next | terminals  # after a terminal row nothing is to be known
 
 
-class Network(nn.Module):
-    """Perceptrons with two hidden layers, `twins` for each seed: first every seed's first, then every seed's second."""
-
-    def __init__(self, generators: list, in_dim: int, hidden_dim: int, out_dim: int, twins=1, mean=0.0, std=1.0):
-        super().__init__()
-        self.register_buffer("mean", torch.zeros(len(generators), 1, 1) + mean)  # (seeds, 1, obs_dim)
-        self.register_buffer("std", torch.zeros(len(generators), 1, 1) + std)
-        shapes = (in_dim, hidden_dim), (hidden_dim, hidden_dim), (hidden_dim, out_dim)
-        first, second, third = (BatchedLinear(generators * twins, *shape) for shape in shapes)
-        self.mlp = nn.Sequential(first, nn.ReLU(inplace=True), second, nn.ReLU(inplace=True), third)
-
-    def forward(self, observations: torch.Tensor, *actions: torch.Tensor, twins: int = 1) -> torch.Tensor:
-        """(seeds, batch, out_dim) from observations, and actions, (seeds, batch, ...); for 2 twins (2, seeds, ...)."""
-        x = torch.cat([(observations - self.mean) / self.std, *actions], dim=-1)
-        return self.mlp(x) if twins == 1 else self.mlp(x.repeat(twins, 1, 1)).view(twins, *x.shape[:2], -1)
-
-
-def gather(tensors: list | tuple, rows: torch.Tensor) -> list[torch.Tensor]:
-    """Rows of each tensor, (seeds, N, ...) -> (*rows.shape, ...): `rows`, (..., seeds, batch), are each seed's own."""
-    each_seed = torch.arange(rows.shape[-2], device=rows.device)[:, None]
-    return [tensor[each_seed, rows] for tensor in tensors]
+def read_columns(path: Path) -> dict[str, np.ndarray]:
+    """Every known column of the file, float32, all of the same length."""
+    keys = ["observations", "actions", "rewards", "terminals"]
+    try:
+        with h5py.File(path, "r") as file:
+            keys += [key for key in ("timeouts", "next_observations") if key in file]
+            columns = {key: file[key] for key in keys}
+            check_layout(path, columns)
+            arrays = {key: column.astype(np.float32)[()] for key, column in columns.items()}
+    except UserError:
+        raise
+    except Exception as error:  # whatever h5py raises, the file is at fault
+        message = f"{path} is no readable HDF5 file with {', '.join(keys)}: {error}"
+        raise UserError(message) from error
+    for key in ("rewards", "terminals", "timeouts"):
+        if key in arrays:
+            arrays[key] = arrays[key].reshape(-1)  # D4RL's replay files have rewards of (rows, 1)
+    return arrays
 
 
-def loss_and_grad(loss_function, parameters: list, *inputs) -> tuple:
-    """Each seed's loss, (seeds,), and the gradients of their sum; both directions in one, for --compile."""
-    loss = loss_function(*inputs)
-    return loss.detach(), torch.autograd.grad(loss.sum(), parameters)
+def check_layout(path: Path, columns: dict[str, h5py.Dataset]) -> None:
+    """Refuse what is no table of numbers, before anything is read into memory."""
+    for key, column in columns.items():
+        is_array = isinstance(column, h5py.Dataset) and column.shape is not None
+        require(is_array and column.dtype.kind in "fiub", f"{path}: {key} is no array of numbers")
+        if key in ("observations", "actions", "next_observations"):
+            fits = column.ndim == 2 and column.shape[1] > 0
+        else:
+            fits = column.shape[1:] in ((), (1,)) and column.ndim > 0
+        require(fits, f"{path} has wrong shapes: {key} is {column.shape}")
+        declared = math.prod(column.shape) * column.dtype.itemsize
+        plausible = declared <= 2000 * path.stat().st_size  # compression saves a factor of 1,000
+        require(plausible, f"{path}: {key} declares {len(column):,} rows, more than the file holds")
+    lengths = {key: len(column) for key, column in columns.items()}
+    require(len(set(lengths.values())) == 1, f"{path} has columns of different lengths: {lengths}")
+    if "next_observations" in columns:
+        same = columns["next_observations"].shape == columns["observations"].shape
+        require(same, f"{path} has wrong shapes: next_observations differ from observations")
 
 
-def gradient_step(optimizer: torch.optim.Adam, loss_function, *inputs) -> torch.Tensor:
-    """Step on the gradients of the optimizer's own parameters, and of no others; returns the loss, (seeds,)."""
-    loss, gradients = loss_and_grad(loss_function, parameters := optimizer.param_groups[0]["params"], *inputs)
-    for parameter, gradient in zip(parameters, gradients):
-        parameter.grad = gradient
-    optimizer.step()
-    return loss
+def find_ends(path: Path, arrays: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """Rows where the task ended, and rows where the recording was cut off; (rows,), bool."""
+    for key in ("terminals", "timeouts"):
+        finite = np.isfinite(arrays.get(key, 0)).all()
+        require(finite, f"{path} has NaN or inf in {key}")
+    terminals = arrays["terminals"] != 0
+    if "timeouts" in arrays:
+        return terminals, arrays["timeouts"] != 0
+    if "next_observations" in arrays:  # a cut is where the next row begins with something else
+        following = np.roll(arrays["observations"], -1, axis=0)
+        return terminals, (arrays["next_observations"] != following).any(axis=1)
+    require(
+        terminals[-1:].all(),
+        f"{path} has no timeouts, and terminals do not say where its last episode ends: add the "
+        "column timeouts, 1 in the last row of each episode that was cut off, 0 elsewhere",
+    )
+    return terminals, np.zeros_like(terminals)
 
 
-# --- Reward model ---
-def split_labels(rewards: np.ndarray, label_fraction: float | None, seeds: range) -> np.ndarray:
-    """Indices of each seed's labelled transitions, (seeds, labels), drawn uniformly from the known rewards."""
-    require(len(known := np.flatnonzero(~np.isnan(rewards))), "no transition is labelled: every reward is NaN")
-    fraction = label_fraction if label_fraction is not None else 0.01 if len(known) == len(rewards) else 1.0
-    num_labels = max(1, round(fraction * len(known)))
-    labels = np.sort([np.random.default_rng(seed).choice(known, num_labels, replace=False) for seed in seeds], axis=1)
-    require(np.ptp(rewards[labels], axis=1).all(), f"a seed's {num_labels} labelled rewards are all equal: label more")
-    return labels
+def report_dropped(path: Path, rewards: np.ndarray, is_kept: np.ndarray) -> None:
+    """Say how many rows of one's own log cannot be used, and how many labels lie on them."""
+    dropped = np.count_nonzero(~is_kept)
+    lost = np.count_nonzero(~np.isnan(rewards[~is_kept]))
+    left = np.count_nonzero(~np.isnan(rewards[is_kept]))
+    if dropped > 0:
+        print(
+            f"dropped       {dropped:,} rows without a next observation, {lost:,} of them labelled"
+        )
+    require(
+        left > 0 or lost == 0,
+        f"{path}: all {lost:,} labels are on rows whose next observation is unknown (timeouts, "
+        "last row): add the column next_observations, or terminals where the task ended",
+    )
 
 
-class RewardModel(Network):
-    """f(s, a) of each seed, its input normalised with all observations: they are known, labelled or not."""
-
-    def __init__(self, dataset: Dataset, seeds: range, hidden_dim: int):
-        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-        std, mean = torch.std_mean(torch.from_numpy(dataset.observations), dim=0, correction=0)  # (obs_dim,)
-        super().__init__(generators, len(mean) + dataset.actions.shape[1], hidden_dim, 1, mean=mean, std=std + 1e-3)
-        self.generators = generators  # for the order of the labelled transitions in each epoch
-
-    def squared_error(self, observations: torch.Tensor, actions: torch.Tensor, rewards: torch.Tensor) -> torch.Tensor:
-        return (self(observations, actions).squeeze(-1) - rewards).square().mean(dim=1)  # Eq. 4, (seeds,)
+def load_minari(env_id: str) -> minari.MinariDataset:
+    names = [*SHA256, *minari.list_local_datasets()]
+    nearest = ", ".join(difflib.get_close_matches(env_id, names, cutoff=0))
+    known = "/" in env_id or env_id in names
+    require(known, f"unknown --env-id {env_id}; nearest: {nearest}; remote Minari ids have a slash")
+    try:
+        return minari.load_dataset(env_id, download=True)
+    except Exception as error:  # no network, damaged files: Minari has no common error for them
+        raise UserError(f"cannot load the Minari dataset {env_id}: {error}") from error
 
 
-def train_reward_model(model: RewardModel, dataset: Dataset, labels: np.ndarray, epochs: int, lr: float, batch: int):
-    """Fit each seed's model to its labelled transitions (Eq. 4); returns the losses (epochs, seeds)."""
-    optimizer = torch.optim.Adam(model.parameters(), lr=lr, fused=True)
-    labelled = [torch.from_numpy(array[labels]).to(model.mean.device) for array in dataset[:3]]  # (seeds, labels, ...)
-    losses = torch.zeros(epochs, len(labels), device=model.mean.device)
-    for epoch in tqdm(range(epochs), "reward model", unit="epoch", leave=False, disable=None):
-        order = torch.stack([torch.randperm(labels.shape[1], generator=generator) for generator in model.generators])
-        for rows in order.to(model.mean.device).split(batch, dim=1):  # (seeds, batch)
-            losses[epoch] += gradient_step(optimizer, model.squared_error, *gather(labelled, rows)) * len(rows[0])
-    return (losses / labels.shape[1]).cpu().numpy()
+def read_minari(dataset: minari.MinariDataset) -> dict[str, np.ndarray]:
+    """Transitions of a Minari dataset: T + 1 observations an episode, so no step is dropped."""
+    for space in (dataset.observation_space, dataset.action_space):
+        vector = isinstance(space, gym.spaces.Box) and len(space.shape) == 1
+        require(vector, f"{dataset.id}: need continuous vectors (1-D Box), not {space}")
+    episodes = [episode for episode in dataset.iterate_episodes() if len(episode) > 0]
+    require(len(episodes) > 0, f"{dataset.id} has no transitions")
+
+    def join(arrays) -> np.ndarray:
+        return np.concatenate(list(arrays)).astype(np.float32)
+
+    lengths = [len(episode) for episode in episodes]
+    return {
+        "observations": join(episode.observations[:-1] for episode in episodes),
+        "actions": join(episode.actions for episode in episodes),
+        "rewards": join(episode.rewards for episode in episodes),
+        "next_observations": join(episode.observations[1:] for episode in episodes),
+        "terminals": join(episode.terminations for episode in episodes),
+        "episode_ids": np.repeat(np.arange(len(episodes)), lengths),
+    }
 
 
-@torch.no_grad()
-def impute_rewards(model: RewardModel, dataset: Dataset, labels: np.ndarray) -> np.ndarray:
-    """Each seed's rewards, (seeds, N): those labelled for it as they are, f(s, a) for all others (Eq. 5)."""
-    chunks = zip(*(torch.from_numpy(column).to(model.mean.device).split(16384) for column in dataset[:2]))
-    rewards = [model(*(column.expand(len(labels), -1, -1) for column in chunk)).squeeze(-1) for chunk in chunks]
-    rewards = torch.cat(rewards, dim=1).cpu().numpy()  # in chunks: the hidden layers of all rows would be large
-    np.put_along_axis(rewards, labels, dataset.rewards[labels], axis=1)
-    return rewards
+# --- Evaluation ---
+MAX_STEPS = 10_000  # of an episode in an environment without a time limit of its own
 
 
-def imputation_quality(imputed: np.ndarray, dataset: Dataset, labels: np.ndarray) -> dict[str, list] | None:
-    """How well each seed's imputed rewards (seeds, N) match the hidden ones, which no agent sees; None if unknown."""
-    hidden = np.stack([np.setdiff1d(np.flatnonzero(~np.isnan(dataset.rewards)), rows) for rows in labels])
-    if not hidden.size:
-        return None
-    true = dataset.rewards[hidden]  # (seeds, hidden)
-    error = np.take_along_axis(imputed, hidden, axis=1) - true
-    mse, mae = np.mean(error**2, axis=1), np.mean(np.abs(error), axis=1)
-    with np.errstate(all="ignore"):  # no R2 of equal rewards, no correlation of partly unknown or equal returns
-        correlation = np.corrcoef([np.bincount(dataset.episode_ids, r) for r in (dataset.rewards, *imputed)])[0, 1:]
-        quality = {"r2": 1 - mse / np.var(true, axis=1), "mse": mse, "mae": mae, "return_correlation": correlation}
-    return {name: [float(x) if np.isfinite(x) else None for x in values] for name, values in quality.items()}
+class Task(NamedTuple):
+    """What a policy acts in: a simulator, if there is one, and the bounds of the actions."""
+
+    env_spec: gym.envs.registration.EnvSpec | None
+    low: np.ndarray  # (act_dim,): the simulator's bounds, else the log's smallest actions
+    high: np.ndarray
 
 
-# --- IQL (Kostrikov et al. 2022) ---
-Batch = namedtuple("Batch", "observations actions rewards next_observations terminals")  # tensors
-Agent = namedtuple("Agent", "actor value critic critic_target actor_optimizer value_optimizer critic_optimizer")
+def make_task(dataset: Dataset, eval_env_id: str | None) -> Task:
+    """Try the simulator for a step, and hold it against the dataset; UserError if it is no match."""
+    env_id = eval_env_id or dataset.env
+    if env_id is None:
+        return Task(None, dataset.actions.min(axis=0), dataset.actions.max(axis=0))
+    env = make_env(env_id)
+    for space in (env.observation_space, env.action_space):
+        vector = isinstance(space, gym.spaces.Box) and len(space.shape) == 1
+        require(vector, f"{env.spec.id}: need continuous vectors (1-D Box), not {space}")
+    require(env.action_space.is_bounded(), f"the actions of {env.spec.id} have no bounds")
+    shapes = (dataset.observations.shape[1:], dataset.actions.shape[1:])
+    expected = (env.observation_space.shape, env.action_space.shape)
+    require(shapes == expected, f"the dataset has shapes {shapes}, {env.spec.id} {expected}")
+
+    task = Task(env.spec, env.action_space.low, env.action_space.high)
+    rounding = 1e-6 * np.maximum(np.abs(task.low), np.abs(task.high))  # of a log in float32
+    middle, half = middle_and_half(task)
+    in_bounds = np.abs(dataset.actions - middle) <= (1 + 1e-5) * half + rounding
+    require(in_bounds.all(), f"actions beyond the bounds of {env.spec.id}: {env.action_space}")
+    try:
+        observation, _ = env.reset(seed=100)
+        shapes = [np.shape(observation)]
+        observation, reward, _, _, _ = env.step(middle.astype(task.low.dtype))
+        shapes += [np.shape(observation), np.shape(float(reward))]
+    except Exception as error:  # whatever another's environment raises
+        raise UserError(f"{env.spec.id} fails in reset or step: {error!r}") from error
+    expected = [env.observation_space.shape, env.observation_space.shape, ()]
+    require(shapes == expected, f"{env.spec.id} returns shapes {shapes}, not {expected}")
+    env.close()
+    return task
 
 
-def sample(data: Batch, size: tuple, generator: torch.Generator) -> Batch:
-    """Transitions drawn uniformly with replacement, `size` = (..., seeds, batch), from `data`, (seeds, rows, ...)."""
-    rows = torch.randint(data.rewards.shape[1], size, generator=generator, device=data.rewards.device)
-    return Batch(*gather(data, rows))
+def make_env(env_id: str | gym.envs.registration.EnvSpec | minari.MinariDataset) -> gym.Env:
+    """A simulator to evaluate in, without warnings about its version."""
+    mujoco.set_mju_user_warning(lambda message: None)
+    gym.logger.min_level = gym.logger.ERROR  # -v4 is old, and what D4RL's scores compare with
+    try:
+        if isinstance(env_id, minari.MinariDataset):
+            return env_id.recover_environment(eval_env=True)
+        return gym.make(env_id)
+    except Exception as error:  # unknown id, missing package, or the environment's own
+        raise UserError(f"cannot make the environment {env_id}: {error}") from error
 
 
-def make_agent(data: Batch, seeds: range, lr: float) -> Agent:
-    """Networks of all seeds; orthogonal weights of gain sqrt(2) and zero biases, model by model, as the original's."""
-    obs_dim, act_dim, device = data.observations.shape[-1], data.actions.shape[-1], data.rewards.device
-    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    actor, value = Network(generators, obs_dim, 256, act_dim), Network(generators, obs_dim, 256, 1)
-    actor.log_std = nn.Parameter(torch.zeros(len(seeds), 1, act_dim))  # does not depend on the observation
-    critic = Network(generators, obs_dim + act_dim, 256, 1, twins=2)
-    for layer in (*actor.mlp[::2], *value.mlp[::2], *critic.mlp[::2]):
-        nn.init.zeros_(layer.bias)
-        for model in range(len(layer.weight)):
-            nn.init.orthogonal_(layer.weight.data[model], 2**0.5, generator=generators[model % len(seeds)])
-    networks = [network.to(device) for network in (actor, value, critic)]
-    optimizers = [torch.optim.Adam(net.parameters(), lr=lr, fused=True, capturable=True) for net in networks]
-    return Agent(*networks, deepcopy(critic).requires_grad_(False), *optimizers)
+def middle_and_half(task: Task) -> tuple[np.ndarray, np.ndarray]:
+    """Of the range of each action; half of it is 1 where there is no range."""
+    low, high = task.low.astype(np.float64), task.high.astype(np.float64)
+    half = (high - low) / 2
+    return (high + low) / 2, np.where(half > 0, half, 1.0)
 
 
-def reward_scale(rewards: np.ndarray, labels: np.ndarray, dataset: Dataset, labeled_only: bool) -> np.ndarray:
-    """1000 / (max - min episode return), (seeds, 1); `labeled_only`: a return is its mean labelled reward x length."""
-    scales, lengths = [], np.bincount(dataset.episode_ids)
-    for seed_rewards, rows in zip(rewards, labels if labeled_only else [slice(None)] * len(rewards)):
-        episodes, ids, counts = np.unique(dataset.episode_ids[rows], return_inverse=True, return_counts=True)
-        returns = np.bincount(ids, weights=seed_rewards[rows]) / counts * lengths[episodes]
-        require(np.ptp(returns) > 1e-6 * np.abs(returns).max(), "all episode returns are equal: IQL has no scale")
-        scales.append(1000 / np.ptp(returns))
-    return np.float32(scales)[:, None]
+def scale_actions(actions: np.ndarray, task: Task) -> np.ndarray:
+    """From the task's bounds to [-1, 1]; the identity for D4RL."""
+    middle, half = middle_and_half(task)
+    return ((actions - middle) / half).astype(np.float32)
 
 
-def value_loss(agent: Agent, batch: Batch, q: torch.Tensor, args: Args) -> torch.Tensor:
-    advantage = q - agent.value(batch.observations)  # (seeds, batch, 1)
-    return (torch.where(advantage > 0, args.expectile, 1 - args.expectile) * advantage.square()).mean(dim=(1, 2))
-
-
-def actor_loss(agent: Agent, batch: Batch, q: torch.Tensor, args: Args) -> torch.Tensor:
-    weight = (args.temperature * (q - agent.value(batch.observations)).squeeze(-1)).exp().clamp(max=100).detach()
-    mean, log_std = agent.actor(batch.observations).tanh(), agent.actor.log_std.clamp(-5, 2)  # of a Gaussian policy
-    log_prob = -0.5 * ((batch.actions - mean) / log_std.exp()).square() - log_std - 0.5 * np.log(2 * np.pi)
-    return -(weight * log_prob.sum(dim=-1)).mean(dim=-1)  # (seeds,)
-
-
-def critic_loss(agent: Agent, batch: Batch, args: Args) -> torch.Tensor:
-    with torch.no_grad():
-        target_q = batch.rewards + args.gamma * (1 - batch.terminals) * agent.value(batch.next_observations).squeeze(-1)
-    q = agent.critic(batch.observations, batch.actions, twins=2).squeeze(-1)  # (2, seeds, batch)
-    return (q - target_q).square().mean(dim=-1).sum(dim=0)  # mean over the batch, sum over the twins
-
-
-def update(agent: Agent, batch: Batch, args: Args) -> dict[str, torch.Tensor]:
-    """V, actor, Q, target, in this order: the advantage and Q's target use the updated V; returns the losses."""
-    q = agent.critic_target(batch.observations, batch.actions, twins=2).amin(dim=0)  # (seeds, batch, 1), no gradient
-    v_loss = gradient_step(agent.value_optimizer, value_loss, agent, batch, q, args)
-    pi_loss = gradient_step(agent.actor_optimizer, actor_loss, agent, batch, q, args)
-    q_loss = gradient_step(agent.critic_optimizer, critic_loss, agent, batch, args)
-    with torch.no_grad():
-        torch._foreach_lerp_(list(agent.critic_target.parameters()), list(agent.critic.parameters()), args.tau)
-    return {"losses/value_loss": v_loss, "losses/actor_loss": pi_loss, "losses/critic_loss": q_loss}
-
-
-# --- Evaluation and run directory ---
 class Policy(dict):
-    """One seed's actor in numpy: an observation (obs_dim,) -> an action (act_dim,) within the environment's bounds."""
+    """One seed's actor in numpy: observations, (obs_dim,) or (n, obs_dim), -> actions."""
 
-    def __call__(self, observation: np.ndarray) -> np.ndarray:
-        x = (np.float32(observation) - self["mean"]) / self["std"]
-        x = np.maximum(np.maximum(x @ self["w0"] + self["b0"], 0) @ self["w1"] + self["b1"], 0)
-        return self["low"] + (np.tanh(x @ self["w2"] + self["b2"]) + 1) / 2 * (self["high"] - self["low"])
+    def __call__(self, observations: np.ndarray) -> np.ndarray:
+        x = (np.float32(observations) - self["mean"]) / self["std"]
+        x = np.maximum(x @ self["layer1.weight"] + self["layer1.bias"], 0)
+        x = np.maximum(x @ self["layer2.weight"] + self["layer2.bias"], 0)
+        x = np.tanh(x @ self["layer3.weight"] + self["layer3.bias"])
+        low, high = self["low"], self["high"]
+        actions = np.clip(low + (np.float64(x) + 1) / 2 * (high - low), low, high)
+        if low.dtype.kind in "iu":
+            actions = np.rint(actions)
+        return actions.astype(low.dtype)
 
 
-@torch.no_grad()
-def make_policies(actor: nn.Module, dataset: Dataset) -> list[Policy]:
+def make_policies(actor: MLP, task: Task) -> list[Policy]:
     """A copy of each seed's actor as it is now."""
-    arrays = {"mean": actor.mean[:, 0], "std": actor.std[:, 0]}
-    for i, layer in enumerate(actor.mlp[::2]):
-        arrays |= {f"w{i}": layer.weight, f"b{i}": layer.bias[:, 0]}
-    arrays = {name: tensor.to("cpu", copy=True).numpy() for name, tensor in arrays.items()}
-    return [Policy(zip(arrays, row), low=dataset.action_low, high=dataset.action_high) for row in zip(*arrays.values())]
+    state = deepcopy(actor).cpu().state_dict()
+    policies = []
+    for k in range(len(actor.mean)):
+        weights = {name: tensor[k].numpy() for name, tensor in state.items()}
+        for name in weights:
+            if not name.endswith("weight"):
+                weights[name] = weights[name][0]  # its batch dimension of 1
+        policies.append(Policy(weights, low=task.low, high=task.high))
+    return policies
 
 
-def run_episode(policy: Policy, env_spec: gym.envs.registration.EnvSpec, seed: int) -> float:
-    """Return of one deterministic episode, in a fresh environment: the same in whatever process."""
-    env, episode_return, done = make_env(env_spec), 0.0, False
+def run_episode(policy: Policy, env_spec, seed: int, stopped: list) -> float:
+    """Return of one deterministic episode; NaN if a signal stopped it."""
+    env = make_env(env_spec)
     observation, _ = env.reset(seed=seed)
-    while not done:
+    episode_return = 0.0
+    for _ in range(env.spec.max_episode_steps or MAX_STEPS):
         observation, reward, terminated, truncated, _ = env.step(policy(observation))
-        episode_return, done = episode_return + float(reward), terminated or truncated
+        episode_return += float(reward)
+        if stopped:
+            return math.nan
+        if terminated or truncated:
+            break
     env.close()
     return episode_return
 
 
+def make_workers(num_workers: int) -> Executor:
+    if num_workers == 0:
+        return ThreadPoolExecutor(1)  # submit() as with processes; the caller waits
+    os.environ["OMP_NUM_THREADS"] = "1"  # of a worker; this process has read its own
+    return ProcessPoolExecutor(num_workers, get_context("spawn"), init_worker)
+
+
 def init_worker() -> None:
-    """Leave signals to the parent process and end with it, however it ends."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
-    threading.Thread(target=lambda: os._exit(multiprocessing.parent_process().join() or 1), daemon=True).start()
+    """Leave signals to the training process, and end when it ends, even if it is killed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+    def follow_parent():
+        parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=follow_parent, daemon=True).start()
 
 
-class Evaluator:
-    """Runs evaluation episodes, in worker processes while training goes on or (0 workers) in this one; keeps scores."""
-
-    def __init__(self, dataset: Dataset, seeds: range, episode_seeds: range, workers: int, scores: list):
-        self.dataset, self.seeds, self.episode_seeds, self.scores, self.jobs = dataset, seeds, episode_seeds, scores, []
-        self.pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), init_worker) if workers else None
-
-    def start(self, num_updates: int, policies: list[Policy]) -> None:
-        self.num_updates, self.futures = num_updates, []
-        self.jobs = [(policy, self.dataset.env_spec, seed) for policy in policies for seed in self.episode_seeds]
-        with suppress(BrokenExecutor):
-            self.futures = [self.pool.submit(run_episode, *job) for job in self.jobs] if self.pool else []
-
-    def finish(self, run_dir: Path, log) -> None:
-        """Wait for the evaluation under way, if there is one; write, log and show its scores."""
-        if not self.jobs:
-            return
-        jobs, self.jobs, returns = self.jobs, [], []
-        with suppress(BrokenExecutor):
-            returns = [future.result() for future in self.futures]
-        if self.pool and not returns:
-            tqdm.write("warning: an evaluation worker died; evaluation goes on in this process", file=sys.stderr)
-            self.pool = None
-        returns = np.reshape(returns or [run_episode(*job) for job in jobs], (len(self.seeds), -1)).mean(axis=1)
-        scores = 100 * (returns - self.dataset.ref_min) / (self.dataset.ref_max - self.dataset.ref_min)
-        self.scores += [[self.num_updates, *row] for row in zip(self.seeds, returns.tolist(), scores.tolist())]
-        lines = ["update,seed,return,score", *(",".join(map(str, row)) for row in self.scores)]
-        write_file(run_dir / "scores.csv", ("\n".join(lines) + "\n").encode())
-        metric, values = ("return", returns) if np.isnan(scores).any() else ("score", scores)  # NaN: no references
-        tqdm.write(f"update {self.num_updates:>9,}   {metric} {values.mean():.1f} ± {values.std():.1f}")
-        means = {"update": self.num_updates, "charts/return": returns.mean(), f"charts/{metric}": values.mean()}
-        log(means | {f"charts/{metric}_seed{seed}": value for seed, value in zip(self.seeds, values.tolist())})
+def start_evaluation(workers: Executor, agent, task: Task, num_updates: int, args, stopped) -> list:
+    """Evaluate each seed's actor as it is now: (update, seed, the futures of its episodes)."""
+    if task.env_spec is None:
+        return []
+    pending = []
+    for k, policy in enumerate(make_policies(agent.actor, task)):
+        # The same start states for every seed, and at every evaluation.
+        jobs = [(policy, task.env_spec, 100 + i, stopped) for i in range(args.eval_episodes)]
+        futures = [workers.submit(run_episode, *job) for job in jobs]
+        pending.append((num_updates, args.seed + k, futures))
+    return pending
 
 
-def write_file(path: Path, content: bytes) -> None:
-    """Write beside, flush to disk, rename: whoever reads `path` finds the old content or the new, never a part."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+def finish_evaluation(pending: list, scores: list, dataset: Dataset, run_dir, tracker) -> None:
+    """Wait for the evaluation under way, if there is one; write, show and track its scores."""
+    rows = []
+    for num_updates, seed, futures in pending:
+        mean_return = float(np.mean([future.result() for future in futures]))
+        score = 100 * (mean_return - dataset.ref_min) / (dataset.ref_max - dataset.ref_min)
+        rows.append({"update": num_updates, "seed": seed, "return": mean_return, "score": score})
+    pending.clear()
+    if not rows or any(math.isnan(row["return"]) for row in rows):
+        return  # nothing was under way, or a signal stopped it: a resumed run evaluates anew
+    scores.extend(rows)
+    lines = [",".join(scores[0]), *(",".join(map(str, row.values())) for row in scores)]
+    with replacing(run_dir / "scores.csv") as file:
+        file.write("\n".join([*lines, ""]).encode())
+
+    metric = metric_of(dataset)
+    values = [row[metric] for row in rows]
+    mean, std = np.mean(values), np.std(values)
+    tqdm.write(f"update {rows[0]['update']:>9,}   {metric} {mean:.1f} ± {std:.1f}")
+    if tracker:
+        each_seed = {f"charts/{metric}_seed{row['seed']}": row[metric] for row in rows}
+        tracker.log({"update": rows[0]["update"], f"charts/{metric}": mean, **each_seed})
+
+
+def metric_of(dataset: Dataset) -> str:
+    return "return" if np.isnan(dataset.ref_min) else "score"  # without references, raw returns
+
+
+def evaluations_left(args, task: Task, num_updates: int, scores: list) -> list[int]:
+    """The updates at which the agent is still to be evaluated: every eval_freq, and at the end."""
+    evaluated = scores[-1]["update"] if scores else 0
+    if task.env_spec is None:
+        evaluated = num_updates  # checkpoints alone, and those so far are written
+    points = [*range(args.eval_freq, args.num_updates, args.eval_freq), args.num_updates]
+    return [point for point in points if point > evaluated]
+
+
+# --- Run directory ---
+@contextmanager
+def replacing(path: Path):
+    """A file to write beside `path` that takes its place: a reader finds the old or the new."""
+    temporary = path.with_name(f"{path.name}.tmp")
     try:
         with open(temporary, "wb") as file:
-            file.write(content)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -490,161 +1017,443 @@ def write_file(path: Path, content: bytes) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def load_checkpoint(run_dir: Path, resume: bool, config: dict) -> dict | None:
-    """The state to go on from, None for a run that starts; raises UserError if `run_dir` holds another run."""
-    free = {"resume", "run_dir", "eval_workers", "track", "log_freq", "save_policy", "compile", "cuda_graph"}
-    require(resume or not (run_dir / "config.json").exists(), f"{run_dir} already holds a run: use --resume or another")
-    if not (path := run_dir / "checkpoint.pt").exists():
+def write_json(path: Path, content: dict) -> None:
+    text = json.dumps(content, default=str)  # a Path becomes its text
+    content = json.loads(text, parse_constant=lambda name: None)  # JSON knows no NaN: null
+    with replacing(path) as file:
+        file.write(json.dumps(content, indent=2).encode())
+
+
+def make_run_dir(run_dir: Path | None, name: str) -> Path:
+    """`run_dir`, or a new folder in runs/ that no other run has."""
+    if run_dir:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        for path in run_dir.glob("*.tmp"):  # left by a process that was killed
+            path.unlink()
+        return run_dir
+    run_dir = Path("runs") / f"{name.replace('/', '-')}__{int(time.time())}"
+    run_dir.parent.mkdir(exist_ok=True)
+    while True:
+        try:
+            run_dir.mkdir()
+            return run_dir
+        except FileExistsError:  # another run of the same second
+            run_dir = run_dir.with_name(f"{run_dir.name}_")
+
+
+def write_config(run_dir: Path, config: dict, resume: bool) -> None:
+    """config.json marks the directory as that of a run; two new runs cannot both make it."""
+    if not resume:
+        try:
+            open(run_dir / "config.json", "x").close()
+        except FileExistsError as error:
+            raise UserError(
+                f"{run_dir} already holds a run: --resume, or another --run-dir"
+            ) from error
+    write_json(run_dir / "config.json", config)
+
+
+# Arguments a resumed run may change: they leave results alone (compile: up to rounding). The
+# dataset may move, since its content is compared.
+FREE_TO_CHANGE = ("resume", "run_dir", "dataset_path", "eval_workers", "track", "log_freq")
+FREE_TO_CHANGE += ("compile", "cuda_graph")
+
+
+def read_checkpoint(run_dir: Path, device: torch.device) -> dict | None:
+    """The state to go on from, None for a new run."""
+    path = run_dir / "checkpoint.pt"
+    if not path.exists():
         return None
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        before = {name: state["config"][name] for name in config if name not in free}
+        state = torch.load(path, map_location=device, weights_only=True)
+        state["config"], state["agent"], state["num_updates"]
     except Exception as error:  # cut short, or another program's
-        raise UserError(f"{path} is not a readable checkpoint ({error}); delete it to start anew") from error
-    changes = [f"{name} was {value}, now {config[name]}" for name, value in before.items() if value != config[name]]
-    require(not changes, f"{path} was made with other arguments: {', '.join(changes)}")
+        message = f"{path} is not a readable checkpoint ({error}); delete it to start anew"
+        raise UserError(message) from error
     return state
 
 
-def main(args: Args) -> None:
-    for name, value in ((name.replace("_", "-"), value) for name, value in vars(args).items()):
-        least = 1 if type(value) is int and name not in ("seed", "eval-seed", "eval-workers") else 0
-        most = 1 if name in ("gamma", "tau", "label-fraction") else sys.float_info.max
-        require(type(value) not in (int, float) or least <= value <= most, f"--{name} cannot be {value}")
-    require(args.run_dir or not args.resume, "--resume needs the --run-dir to go on from")
-    require(args.device != "cuda" or torch.cuda.is_available(), "--device cuda: there is no usable GPU here")
-    device = torch.device(args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
-    config = json.loads(json.dumps(vars(args) | {"device": device.type}, default=str))
-    name = f"{args.env_id.replace('/', '-')}__{Path(__file__).stem}__{args.rewards}__{args.seed}__{int(time.time())}"
-    run_dir = args.run_dir or Path("runs") / name
-    state = load_checkpoint(run_dir, args.resume, config)
-    if (run_dir / "result.json").exists():
-        return print(f"{run_dir} holds a finished run: see its result.json and scores.csv")
-    device_name = torch.cuda.get_device_name() if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
-    torch.set_float32_matmul_precision(args.matmul_precision)
-    if device.type == "cuda":
-        torch.cuda.set_stream(torch.cuda.Stream())  # nothing can be recorded on the default stream
-    if args.compile:
-        torch._dynamo.config.trace_autograd_ops = True  # else the gradients break the graph
-        globals().update({f.__name__: torch.compile(f, fullgraph=True) for f in (gather, loss_and_grad)})
-    seeds, start = range(args.seed, args.seed + args.num_seeds), time.perf_counter()
+def restore(state: dict, agent, generator: torch.Generator) -> tuple[int, list]:
+    """Put agent and generator back to where they were; number of updates, scores so far."""
+    generator.set_state(state["generator"].cpu())
+    for name, part in vars(agent).items():
+        part.load_state_dict(state["agent"][name])
+    return state["num_updates"], state["scores"]
 
-    # The dataset, and the few transitions of each seed whose rewards may be seen.
-    dataset = load_dataset(args.env_id, args.dataset_path, args.eval_env_id)
-    require(state is None or state["dataset"] == dataset.sha256, f"{run_dir} was started on another dataset")
-    oracle = args.rewards == "oracle"
-    require(not oracle or not np.isnan(dataset.rewards).any(), "--rewards oracle needs every reward, but some are NaN")
-    labels = np.empty((len(seeds), 0), int) if oracle else split_labels(dataset.rewards, args.label_fraction, seeds)
-    run_dir.mkdir(parents=True, exist_ok=True)
-    track_id, log = state and state["track_id"], lambda metrics: None
-    if args.track:
-        import wandb
 
+def check_same_run(path: Path, before: dict, config: dict) -> None:
+    """A run goes on with the arguments it was started with."""
+    changes = []
+    for name, value in config.items():
+        if name not in FREE_TO_CHANGE and before.get(name) != value:
+            changes.append(f"{name} was {before.get(name)}, now {value}")
+    require(not changes, f"{path} was made with other arguments: {', '.join(changes)}")
+
+
+def start_tracking(run_dir: Path, config: dict, state: dict | None):
+    """A Weights & Biases run, the same one after a resume."""
+    import wandb
+
+    run_id = state["track_id"] if state else None
+    try:
+        run = wandb.init(id=run_id, resume="allow", name=run_dir.name, config=config, dir=run_dir)
+    except wandb.Error as error:  # no key, no network
+        raise UserError(f"Weights & Biases: {error} (or set WANDB_MODE=offline)") from error
+    run.define_metric("*", step_metric="update")
+    return run
+
+
+def log_losses(tracker, num_updates: int, losses: dict, speed: float) -> None:
+    means = {name: loss.mean().item() for name, loss in losses.items()}  # over the seeds
+    tracker.log({"update": num_updates, "charts/updates_per_second": speed, **means})
+
+
+def leave(number: int, num_updates: int, run_dir: Path, is_resumed: bool) -> None:
+    """End a run that a signal stopped, with the command that goes on."""
+    more = [] if is_resumed else ["--run-dir", str(run_dir), "--resume"]
+    command = shlex.join([sys.executable, *sys.argv, *more])
+    tqdm.write(f"stopped at {num_updates:,}; go on with: {command}")
+    sys.exit(128 + number)
+
+
+def write_result(run_dir: Path, scores: list, dataset: Dataset, config, quality, timing) -> None:
+    """result.json: the last evaluation and the mean of the last ten, never the best."""
+    result, text = {"metric": None}, "trained, not evaluated"
+    if scores:
+        metric, num_seeds = metric_of(dataset), config["num_seeds"]
+        table = np.array([row[metric] for row in scores]).reshape(-1, num_seeds)
+        last, last_10 = table[-1], table[-10:].mean(axis=0)
+        text = f"{metric} {last.mean():.1f} ± {last.std():.1f} over {num_seeds} seed(s)"
+        result = {
+            "metric": metric,
+            "mean": last.mean(),
+            "std": last.std(),
+            "per_seed": last.tolist(),
+            "last_10_mean": last_10.mean(),
+            "last_10_std": last_10.std(),
+        }
+    result["reward_model"] = quality
+    for name in ("num_updates", "eval_episodes", "device", "matmul_precision", "compile"):
+        result[name] = config[name]
+    result["timing"] = timing
+    result["versions"] = {m.__name__: m.__version__ for m in (torch, np, gym, mujoco, minari)}
+    result["script_sha256"] = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
+    write_json(run_dir / "result.json", result)
+    print(f"result        {text}, in {run_dir}")
+
+
+# --- Speed ---
+def choose_device(name: str) -> torch.device:
+    if name == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    torch.cuda.set_stream(torch.cuda.Stream())  # nothing can be recorded on the default stream
+    warnings.filterwarnings("ignore", ".*capturable=True.*")  # not recorded at first, on purpose
+    return torch.device("cuda")
+
+
+def choose_precision(name: str, device: torch.device, state: dict | None) -> str:
+    """The fastest setting of torch under which a float32 product is one; a resumed run keeps its."""
+    capabilities = torch.cpu.get_capabilities()
+    # On x86, medium hands products to oneDNN, which rounds to bfloat16 only where there is AMX.
+    is_x86 = capabilities.get("architecture") == "x86_64"
+    exact = device.type == "cpu" and is_x86 and not capabilities.get("amx_bf16", True)
+    if name != "auto":
+        return name
+    if state is None:
+        return "medium" if exact else "highest"
+    before = state["config"]["matmul_precision"]
+    keeps = before == "highest" or exact or state["config"]["device"] != "cpu"
+    require(keeps, f"--matmul-precision {before} was float32 where the run began, but is not here")
+    return before
+
+
+def choose_compile(choice: str, num_updates: int) -> bool:
+    """Whether to compile; half a minute is won back after some 50,000 updates."""
+    compiler = shutil.which(os.environ.get("CXX", "g++"))
+    return choice == "on" or (choice == "auto" and num_updates >= 50_000 and compiler is not None)
+
+
+def set_speed(precision: str, compiled: bool) -> None:
+    torch.set_float32_matmul_precision(precision)
+    use_functions(compiled)
+
+
+EAGER = {f.__name__: f for f in (gather, reward_backward, target_q, value_backward)}
+EAGER |= {f.__name__: f for f in (actor_backward, critic_backward)}
+
+
+def use_functions(compiled: bool) -> None:
+    """Let this file call the functions of EAGER as they are, or compiled: equal up to rounding."""
+    torch._dynamo.config.trace_autograd_ops = True  # private: lets compiled code call backward()
+    for name, function in EAGER.items():
+        globals()[name] = compile_function(function) if compiled else function
+
+
+def compile_function(function):
+    compiled = torch.compile(function, fullgraph=True, dynamic=False)
+
+    def call(*inputs):
         try:
-            run = wandb.init(id=track_id, resume="allow", name=run_dir.name, config=config, dir=run_dir)
-        except wandb.Error as error:  # no key, no network
-            raise UserError(f"Weights & Biases: {error} (or set WANDB_MODE=offline)") from error
-        run.define_metric("*", step_metric="update")
-        track_id, log = run.id, run.log
-    write_file(run_dir / "config.json", json.dumps(config, indent=2).encode())
-    print(f"dataset       {args.env_id}: {len(dataset.rewards):,} transitions, {dataset.episode_ids[-1] + 1} episodes")
-    print(f"rewards       {args.rewards}, {labels.shape[1] or 'all'} labelled, {len(seeds)} seed(s); {device_name}")
+            return compiled(*inputs)
+        except (RuntimeError, OSError) as error:  # a compiler can fail in many ways
+            use_functions(compiled=False)
+            reason = " ".join(str(error).split())[:200]
+            tqdm.write(f"warning: cannot compile, going on without: {reason}", file=sys.stderr)
+            return function(*inputs)
 
-    # The reward model is fitted to those (Eq. 4) and imputes all other rewards (Eq. 5).
-    model = quality = None
-    rewards = np.tile(dataset.rewards if oracle else np.zeros_like(dataset.rewards), (len(seeds), 1))  # (seeds, N)
-    np.put_along_axis(rewards, labels, dataset.rewards[labels], axis=1)
-    if args.rewards == "imputed":
-        model = RewardModel(dataset, seeds, args.reward_hidden_dim).to(device)
-        if state is None:
-            settings = args.reward_epochs, args.reward_learning_rate, args.reward_batch_size
-            train_reward_model(model, dataset, labels, *settings)
-        else:
-            model.load_state_dict(state["reward_model"])
-        rewards = impute_rewards(model, dataset, labels)
-        quality = imputation_quality(rewards, dataset, labels)
-        means = [f"{name} {np.mean(np.array(values, float)):.4f}" for name, values in (quality or {}).items()]
-        print(f"reward model  {', '.join(means) or 'unknown quality'} on the hidden rewards")
+    return call
 
-    # The agent, and the transitions it draws from, (seeds, rows, ...): all of them, or its labelled ones alone.
-    columns = dataset._replace(actions=dataset.actions.clip(-1 + 1e-5, 1 - 1e-5))[:5]
-    data = Batch(*(torch.from_numpy(column).to(device).expand(len(seeds), *column.shape) for column in columns))
-    rewards *= reward_scale(rewards, labels, dataset, args.rewards == "labeled")
-    data = data._replace(rewards=torch.from_numpy(rewards).to(device))
-    if args.rewards == "labeled":
-        data = Batch(*gather(data, torch.from_numpy(labels).to(device)))
-    agent, fitted = make_agent(data, seeds, args.learning_rate), time.perf_counter()
-    generator = torch.Generator(device).manual_seed(args.seed)
-    first_update, scores = (state["num_updates"], state["scores"]) if state else (0, [])
-    if state:
-        generator.set_state(state["generator"])
-        for name, part in agent._asdict().items():
-            part.load_state_dict(state["agent"][name])
-    agent.actor_optimizer.param_groups[0]["lr"] = actor_rate = torch.zeros((), device=device)  # a graph reads it anew
 
-    # Training, with a checkpoint before every evaluation; a signal stops it after the update under way.
-    progress = tqdm(total=args.num_updates, initial=first_update, unit="update", disable=None)
-    num_updates, signals, graph, recorded = first_update, [], None, False
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda number, frame: signals.append(number))
-    episode_seeds = range(args.eval_seed, args.eval_seed + args.eval_episodes)
-    evaluator = Evaluator(dataset, seeds, episode_seeds, args.eval_workers, scores)
-    if args.cuda_graph and device.type == "cuda":
-        (graph := torch.cuda.CUDAGraph()).register_generator_state(generator)
-        torch.optim.Optimizer._warned_capturable_if_run_uncaptured = True  # the first updates are, on purpose
+def repeat(step, generators: list[torch.Generator], recorded: bool):
+    """Each next() makes one step and yields what it returns; `recorded`, by replaying a CUDA graph.
+
+    A replay runs the hundred kernels of a step on the same memory in one launch. The generators
+    that a step draws from are registered with the graph, which moves them on at each replay."""
+    if not recorded:
+        while True:
+            yield step()
+
+    for _ in range(10):  # real steps: Adam makes its state, the compiler its kernels
+        yield step()
+    graph = torch.cuda.CUDAGraph()
+    for generator in generators:
+        graph.register_generator_state(generator)
+    with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
+        result = step()  # is recorded, computes nothing
     while True:
-        actor_rate.fill_(args.learning_rate / 2 * (1 + np.cos(np.pi * num_updates / args.num_updates)))  # falls to 0
-        due = num_updates > 0 and (num_updates % args.eval_freq == 0 or num_updates == args.num_updates)
-        if signals or (due and (not scores or scores[-1][0] < num_updates)):
-            evaluator.finish(run_dir, log)
-            state = {"config": config, "dataset": dataset.sha256, "num_updates": num_updates, "scores": scores}
-            state |= {"labels": torch.from_numpy(labels), "reward_model": model and model.state_dict()}
-            state |= {"agent": {name: part.state_dict() for name, part in agent._asdict().items()}}
-            torch.save(state | {"generator": generator.get_state(), "track_id": track_id}, file := io.BytesIO())
-            write_file(run_dir / "checkpoint.pt", file.getvalue())
-            if signals:
-                more = [] if args.resume else ["--run-dir", str(run_dir), "--resume"]
-                tqdm.write(f"stopped at {num_updates:,}; go on with: {shlex.join([sys.executable, *sys.argv, *more])}")
-                sys.exit(128 + signals[0])
-            evaluator.start(num_updates, make_policies(agent.actor, dataset))
-        if args.eval_workers == 0 or num_updates == args.num_updates:
-            evaluator.finish(run_dir, log)
-        if num_updates == args.num_updates:
-            break
-        if not recorded:  # without a graph, at its first 20 updates, and once to record it, which computes nothing
-            recorded = graph is not None and num_updates >= first_update + 20
-            with torch.cuda.graph(graph, stream=torch.cuda.current_stream()) if recorded else nullcontext():
-                losses = update(agent, sample(data, (len(seeds), args.batch_size), generator), args)
-        if recorded:
-            graph.replay()
-        num_updates += 1
-        progress.update(1)
-        if args.track and num_updates % args.log_freq == 0:
-            means = {name: loss.mean().item() for name, loss in losses.items()}
-            log({"update": num_updates, "charts/updates_per_second": progress.format_dict["rate"]} | means)
+        graph.replay()
+        yield result
+
+
+# --- The experiment ---
+def check_arguments(args: Args) -> None:
+    require(0 < args.num_updates, "--num-updates must be at least 1")
+    require(0 < args.eval_freq, "--eval-freq must be at least 1")
+    require(0 < args.log_freq, "--log-freq must be at least 1")
+    require(0 <= args.expectile <= 1, "--expectile must be in [0, 1]")
+    require(0 <= args.temperature < math.inf, "--temperature must be 0 or more")
+    require(0 <= args.gamma <= 1, "--gamma must be in [0, 1]")
+    require(0 <= args.tau <= 1, "--tau must be in [0, 1]")
+    require(0 < args.learning_rate < math.inf, "--learning-rate must be above 0")
+    require(0 < args.batch_size, "--batch-size must be at least 1")
+    require(0 <= args.seed, "--seed must be 0 or more")
+    require(0 < args.num_seeds, "--num-seeds must be at least 1")
+    require(0 < args.eval_episodes, "--eval-episodes must be at least 1")
+    require(0 <= args.eval_workers, "--eval-workers must be 0 or more")
+    require(args.run_dir or not args.resume, "--resume needs the --run-dir to go on from")
+    held = args.run_dir and (args.run_dir / "config.json").exists()
+    require(
+        args.resume or not held,
+        f"{args.run_dir} already holds a run: --resume, or another --run-dir",
+    )
+    check_shared_arguments(args)
+
+
+def check_shared_arguments(args) -> None:
+    fraction = args.label_fraction
+    require(fraction is None or 0 < fraction <= 1, "--label-fraction must be in (0, 1]")
+    require(0 < args.reward_hidden_dim, "--reward-hidden-dim must be at least 1")
+    require(0 < args.reward_epochs, "--reward-epochs must be at least 1")
+    require(0 < args.reward_learning_rate < math.inf, "--reward-learning-rate must be above 0")
+    require(0 < args.reward_batch_size, "--reward-batch-size must be at least 1")
+    no_gpu = args.device == "cuda" and not torch.cuda.is_available()
+    require(not no_gpu, "--device cuda: there is no usable GPU here")
+
+
+def check_rewards(args: Args, dataset: Dataset) -> None:
+    """What can be known about the rewards before a reward model is fitted."""
+    oracle = args.rewards == "oracle"
+    require(
+        not oracle or not np.isnan(dataset.rewards).any(), "--rewards oracle needs every reward"
+    )
+    one_episode = dataset.episode_ids[-1] == 0
+    require(
+        not (args.scale_rewards and one_episode),
+        "--scale-rewards needs the returns of two episodes, and the dataset is a single one",
+    )
+
+
+def fingerprint(dataset: Dataset) -> str:
+    """Of what a run is trained on: a resumed run must find the same."""
+    digest = hashlib.sha256()
+    for name in (*Transitions._fields, "episode_ids"):
+        digest.update(np.ascontiguousarray(getattr(dataset, name)))
+    return digest.hexdigest()
+
+
+def make_config(args: Args, dataset: Dataset, device: torch.device, state: dict | None) -> dict:
+    """What config.json records; UserError if a run is resumed with other arguments."""
+    config = asdict(args)
+    config["device"] = device.type
+    config["matmul_precision"] = choose_precision(args.matmul_precision, device, state)
+    config["compile"] = choose_compile(args.compile, args.num_updates)
+    config["dataset"] = fingerprint(dataset)
+    config = json.loads(json.dumps(config, default=str))  # a Path becomes its text
+    if state:
+        check_same_run(args.run_dir, state["config"], config)
+    return config
+
+
+def describe_quality(quality: dict | None) -> str:
+    if quality is None:
+        return "no hidden reward is known"
+    means = [f"{name} {np.mean(values):.4f}" for name, values in quality.items()]
+    return ", ".join(means) + " on the hidden rewards"
+
+
+def print_header(dataset: Dataset, labels: np.ndarray, task: Task, config: dict) -> None:
+    num_rows, num_episodes = len(dataset.rewards), dataset.episode_ids[-1] + 1
+    print(f"dataset       {dataset.name}: {num_rows:,} transitions, {num_episodes:,} episodes")
+    kind = config["rewards"]
+    print(f"rewards       {kind}, {labels.shape[1]:,} labelled, {len(labels)} seed(s)")
+    if task.env_spec is None:
+        low, high = task.low.tolist(), task.high.tolist()
+        print(
+            f"evaluation    none (no environment); the log's actions lie between {low} and {high}"
+        )
+    elif task.env_spec.max_episode_steps is None:
+        print(
+            f"evaluation    {task.env_spec.id}, cut after {MAX_STEPS:,} steps: it has no time limit"
+        )
+    else:
+        print(f"evaluation    {task.env_spec.id}")
+    device = f"cpu, {torch.get_num_threads()} threads"
+    if config["device"] == "cuda":
+        device = torch.cuda.get_device_name()
+    how = "compiled" if config["compile"] else "not compiled"
+    print(f"speed         {device}, matmul precision {config['matmul_precision']}, {how}")
+
+
+@contextmanager
+def signals_caught():
+    """A list to which the first Ctrl-C or SIGTERM is appended; a second one ends the process."""
+    stopped = []
+    numbers = (signal.SIGINT, signal.SIGTERM)
+
+    def receive(number, frame):
+        stopped.append(number)
+        for each in numbers:
+            signal.signal(each, signal.SIG_DFL)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield stopped  # only a main thread receives signals
+        return
+    before = [signal.signal(number, receive) for number in numbers]
+    try:
+        yield stopped
+    finally:
+        for number, handler in zip(numbers, before):
+            signal.signal(number, handler)
+
+
+def main(args: Args) -> None:
+    check_arguments(args)
+    seeds = range(args.seed, args.seed + args.num_seeds)
+    device = choose_device(args.device)
+    started = time.perf_counter()
+
+    # 1. The transitions, and the few of each seed whose reward may be seen.
+    dataset = load_dataset(args.env_id, args.dataset_path)
+    task = make_task(dataset, args.eval_env_id)
+    labels = split_labels(dataset.rewards, args.label_fraction, seeds)
+    check_rewards(args, dataset)
+    state = read_checkpoint(args.run_dir, device) if args.resume else None
+    config = make_config(args, dataset, device, state)
+    if args.resume and (args.run_dir / "result.json").exists():
+        return print(f"{args.run_dir} holds a finished run: see its result.json and scores.csv")
+    print_header(dataset, labels, task, config)
+    set_speed(config["matmul_precision"], config["compile"])
+    name = f"{dataset.name}__iql_imputed__{args.rewards}__{args.seed}"
+    run_dir = make_run_dir(args.run_dir, name)
+    tracker = start_tracking(run_dir, config, state) if args.track else None
+    write_config(run_dir, config, args.resume)
+
+    # 2. What stands for the hidden rewards: the reward model's predictions (Eq. 4, Eq. 5).
+    reward_model = imputed = quality = None
+    if args.rewards == "imputed":
+        generators = make_generators(seeds, stream=1)
+        reward_model = RewardModel(dataset, labels, generators, args).to(device)
+        if state:
+            reward_model.load_state_dict(state["reward_model"])
+        else:
+            fit_reward_model(reward_model, dataset, labels, generators, args)
+        imputed = impute_rewards(reward_model, dataset, labels)
+        quality = imputation_quality(imputed, dataset, labels)
+        print(f"reward model  {args.reward_model}: {describe_quality(quality)}")
+    rewards = agent_rewards(args.rewards, dataset, labels, imputed)
+    if args.scale_rewards:
+        rewards *= reward_scale(rewards, labels, dataset, args.rewards == "labeled")
+
+    # 3. The agent, and the transitions it draws from.
+    data = make_transitions(dataset, rewards, task, ACTION_BOUND, device)
+    if args.rewards == "labeled":
+        data = Transitions(*gather(data, torch.from_numpy(labels).to(device)))
+    agent = Agent(data, make_generators(seeds, stream=2), args)
+    # Draws for all seeds together, so a seed's batches and noise depend on --num-seeds.
+    generator = torch.Generator(device).manual_seed(args.seed)
+    num_updates, scores = 0, []
+    if state:
+        num_updates, scores = restore(state, agent, generator)
+
+    # 4. Training. A checkpoint stands before every evaluation; a signal stops between two updates.
+    is_recorded = args.cuda_graph and device.type == "cuda"
+    steps = repeat(lambda: update(agent, data, generator, args), [generator], is_recorded)
+    progress = tqdm(total=args.num_updates, initial=num_updates, unit="update", disable=None)
+    pending, first_update, ready = [], num_updates, time.perf_counter()
+
+    def updates_per_second() -> float:  # in this process, evaluations included
+        return (num_updates - first_update) / (time.perf_counter() - ready)
+
+    with make_workers(args.eval_workers) as workers, signals_caught() as stopped:
+        for next_evaluation in evaluations_left(args, task, num_updates, scores):
+            while num_updates < next_evaluation and not stopped:
+                set_actor_rate(agent, num_updates, args)
+                losses = next(steps)
+                num_updates += 1
+                progress.update(1)
+                if tracker and num_updates % args.log_freq == 0:
+                    log_losses(tracker, num_updates, losses, updates_per_second())
+            # With workers, the last evaluation ran meanwhile: its scores belong in the checkpoint.
+            finish_evaluation(pending, scores, dataset, run_dir, tracker)
+            state = {
+                "config": config,
+                "num_updates": num_updates,
+                "scores": scores,
+                "reward_model": reward_model.state_dict() if reward_model else None,
+                "agent": {name: part.state_dict() for name, part in vars(agent).items()},
+                "generator": generator.get_state(),
+                "track_id": tracker.id if tracker else None,
+            }
+            with replacing(run_dir / "checkpoint.pt") as file:
+                torch.save(state, file)
+            if not stopped:
+                pending = start_evaluation(workers, agent, task, num_updates, args, stopped)
+            if args.eval_workers == 0:
+                finish_evaluation(pending, scores, dataset, run_dir, tracker)
+            if stopped:
+                break
+        finish_evaluation(pending, scores, dataset, run_dir, tracker)
     progress.close()
-    for seed, policy in zip(seeds, make_policies(agent.actor, dataset)) if args.save_policy else ():
-        np.savez(file := io.BytesIO(), **policy)
-        write_file(run_dir / f"policy_seed{seed}.npz", file.getvalue())
-    commit = os.popen(f"git -C {shlex.quote(str(Path(__file__).parent))} rev-parse HEAD 2>{os.devnull}").read().strip()
-    metric, column = ("return", 2) if np.isnan(scores[-1][3]) else ("score", 3)
-    table = np.array(scores)[:, column].reshape(-1, len(seeds))  # (evaluations, seeds)
-    last, last_10 = table[-1], table[-10:].mean(axis=0)  # never the best
-    result = {"metric": metric, "mean": last.mean(), "std": last.std(), "per_seed": last.tolist()}
-    result |= {"last_10_mean": last_10.mean(), "last_10_std": last_10.std(), "eval_episodes": args.eval_episodes}
-    result |= {"num_updates": num_updates, "reward_model": quality, "device": device_name, "commit": commit or None}
-    result |= {"versions": {module.__name__: module.__version__ for module in (torch, np, gym, mujoco, minari)}}
-    rate = (num_updates - first_update) / (time.perf_counter() - fitted)  # of this process, evaluations included
-    result |= {"timing": {"loading_and_reward_model_seconds": fitted - start, "updates_per_second": rate}}
-    write_file(run_dir / "result.json", json.dumps(result, indent=2).encode())
-    print(f"result        {metric} {last.mean():.1f} ± {last.std():.1f} over {len(seeds)} seed(s), in {run_dir}")
+    if stopped and evaluations_left(args, task, num_updates, scores):
+        leave(stopped[0], num_updates, run_dir, args.resume)
+
+    # 5. The result: the last evaluation, never the best.
+    for seed, policy in zip(seeds, make_policies(agent.actor, task)):
+        with replacing(run_dir / f"policy_seed{seed}.npz") as file:
+            np.savez(file, **policy)
+    timing = {"preparation_seconds": ready - started, "updates_per_second": updates_per_second()}
+    write_result(run_dir, scores, dataset, config, quality, timing)
+    if tracker:
+        tracker.finish()
 
 
 if __name__ == "__main__":
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(line_buffering=True, errors="replace")  # in a file, in any locale
     try:
         main(tyro.cli(Args, description=__doc__))
-    except KeyboardInterrupt:  # before training; from then on a signal writes a checkpoint
+    except KeyboardInterrupt:
         sys.exit(130)
-    except (UserError, OSError, ImportError, gym.error.Error) as error:
+    except (UserError, OSError, ImportError, BrokenExecutor, gym.error.Error) as error:
         print("error:", " ".join(str(error).split()), file=sys.stderr)
         sys.exit(2)

@@ -2,30 +2,38 @@
 # /// script
 # requires-python = ">=3.11"
 # dependencies = [
-#   "torch==2.13.0", "numpy>=2.0,<3", "gymnasium[mujoco]>=1.2,<2", "mujoco>=3.3,<5", "minari[hdf5,hf]>=0.5.3,<0.6",
-#   "h5py>=3.12,<4", "tyro>=0.9.2,<2", "tqdm>=4.66,<5", "wandb>=0.19,<1", "matplotlib>=3.9,<4", "pytest>=8,<10"]
+#   "torch==2.13.0", "numpy>=2.0,<3", "gymnasium[mujoco]>=1.2,<2", "mujoco>=3.3,<5",
+#   "minari[hdf5,hf]>=0.5.3,<0.6", "h5py>=3.12,<4", "tyro>=0.9.2,<2", "tqdm>=4.66,<5",
+#   "wandb>=0.19,<1", "matplotlib>=3.9,<4", "pytest>=8,<10"
+# ]
 # ///
 """Fit, judge and apply a reward model to a dataset of which only a few transitions have a reward.
 
-Hides the rewards of all but 1% of a logged dataset, fits a small reward model to that 1% (Eq. 4), and reports how good
-it is on the rest. Writes the dataset with all other rewards imputed (Eq. 5), for any offline RL library. The paper is
-Romeo & Bagdanov (2024), "Offline Reinforcement Learning with Imputed Rewards".
+1. Load transitions; hide the rewards of all but 1% of them.
+2. Fit reward models f(s, a) to that 1% (Eq. 4): the paper's, a Gaussian process, a linear one.
+3. Judge them on the hidden rewards.
+4. Write the dataset with every hidden reward imputed (Eq. 5), for any offline RL library.
 
-    python reward_model.py                                                        # the bundled dataset, no network
-    python reward_model.py --env-id walker2d-medium-replay-v2 --sweep             # how many labels are enough?
-    python reward_model.py --env-id Hopper-v4 --dataset-path log.hdf5 --output-path imputed.hdf5   # NaN = unlabelled
+After Romeo & Bagdanov (2024), "Offline Reinforcement Learning with Imputed Rewards".
+
+    python reward_model.py                                                  # bundled dataset
+    python reward_model.py --env-id walker2d-medium-replay-v2 --sweep       # how many labels?
+    python reward_model.py --dataset-path log.hdf5 --output-path full.hdf5  # NaN = unlabelled
 """
 
 import difflib
 import hashlib
 import io
 import json
+import math
 import os
+import shutil
 import socket
 import sys
 import time
 import warnings
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 from http.client import HTTPException
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -33,9 +41,9 @@ from typing import Literal, NamedTuple
 import gymnasium as gym
 import h5py
 import minari
-import mujoco
 import numpy as np
 import torch
+import torch.nn.functional as F
 import tyro
 from matplotlib.figure import Figure
 from minari.data_collector import EpisodeBuffer
@@ -46,33 +54,506 @@ from tqdm import tqdm
 
 @dataclass
 class Args:
-    env_id: str = "halfcheetah-medium-replay-mini"  # a D4RL name, a Minari id, or the bundled dataset (the default)
-    dataset_path: Path | None = None  # D4RL-schema HDF5 file to read instead; env_id, or any Gymnasium id, is its task
-    eval_env_id: str | None = None  # Gymnasium environment to evaluate in, if not the dataset's own
-    label_fraction: float | None = None  # share of the known rewards not hidden (0.01; 1.0 if the data has NaN rewards)
-    reward_hidden_dim: int = 256  # width of the reward model's two hidden layers
-    reward_epochs: int = 300  # passes over the labelled transitions
-    reward_learning_rate: float = 1e-4  # Adam's, for the reward model
+    # Data
+
+    env_id: str | None = None  # a D4RL name or a Minari id (none: the bundled dataset)
+    dataset_path: Path | None = (
+        None  # a D4RL-schema HDF5 file; env_id is then its simulator, if any
+    )
+
+    # Rewards
+
+    label_fraction: float | None = None  # of known rewards, to be shown (0.01; all if some are NaN)
+    reward_model: Literal["mlp", "gp"] = "mlp"  # the paper's; or a Gaussian process, for few labels
+    reward_hidden_dim: int = 256  # width of the MLP's two hidden layers
+    reward_epochs: int = 300  # its passes over the labelled transitions
+    reward_learning_rate: float = 1e-4  # Adam's, for the MLP
     reward_batch_size: int = 64  # labelled transitions in a batch
+    sweep: bool = False  # also judge all models at 10, 30, 100, 300, 1,000 labels and at 1%
+
+    # Seeds and speed
+
     seed: int = 0  # the first seed
     num_seeds: int = 1  # seeds fitted at once, each to labels of its own: seed, seed + 1, ...
-    device: Literal["auto", "cpu", "cuda"] = "auto"  # where to train; auto takes the GPU if there is one
-    sweep: bool = False  # also fit at 0.01% to 10% labels: sweep.csv and sweep.png
-    output_path: Path | None = None  # write the dataset with the first seed's rewards imputed, HDF5 from HDF5
-    output_minari_id: str | None = None  # the same as a Minari dataset, from either kind
-    run_dir: Path | None = None  # where to write (runs/{env_id}__{script}__{seed}__{unix time})
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto takes the GPU if there is one
+    compile: Literal["auto", "on", "off"] = (
+        "auto"  # compile losses; auto: if the run is long enough
+    )
+    matmul_precision: Literal["auto", "highest", "high", "medium"] = "auto"  # auto: fastest float32
+    cuda_graph: bool = True  # on a GPU, record an update as a CUDA graph and replay it
+
+    # Output
+
+    output_path: Path | None = (
+        None  # HDF5 file to write, with the rewards imputed by --reward-model
+    )
+    output_minari_id: str | None = None  # Minari dataset to make likewise, such as my/log-v0
+    run_dir: Path | None = None  # where to write the report (runs/...)
 
 
 class UserError(Exception):
     """What the user can put right: shown as one line, exit code 2."""
 
 
-def require(condition, message: str) -> None:
+def require(condition: bool, message: str) -> None:
     if not condition:
         raise UserError(message)
 
 
-# --- Dataset ---
+# --- Networks, and the data they learn from ---
+class Dataset(NamedTuple):
+    """N transitions in episode order, and where a policy trained on them can be evaluated."""
+
+    observations: np.ndarray  # (N, obs_dim), float32
+    actions: np.ndarray  # (N, act_dim), in the log's own units
+    rewards: np.ndarray  # (N,), NaN where nobody labelled
+    next_observations: np.ndarray  # (N, obs_dim)
+    terminals: np.ndarray  # (N,), 1 = the task ended: no bootstrap
+    episode_ids: np.ndarray  # (N,), int64, consecutive from 0
+    env: str | minari.MinariDataset | None  # names or holds the simulator, None if there is none
+    ref_min: float  # return of score 0; NaN: raw returns are reported
+    ref_max: float  # return of score 100
+    name: str
+
+
+class BatchedLinear(nn.Module):
+    """nn.Linear once per seed, in one product: (seeds, batch, in_dim) -> (seeds, batch, out_dim)."""
+
+    def __init__(self, in_dim: int, out_dim: int, generators: list[torch.Generator]):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(len(generators), in_dim, out_dim))
+        self.bias = nn.Parameter(torch.empty(len(generators), 1, out_dim))
+        # nn.Linear's initialisation, each seed from its own generator: the same weights
+        # whether a seed runs alone or among others.
+        bound = in_dim**-0.5
+        for k, generator in enumerate(generators):
+            nn.init.uniform_(self.weight.data[k], -bound, bound, generator=generator)
+            nn.init.uniform_(self.bias.data[k], -bound, bound, generator=generator)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.bmm(x, self.weight) + self.bias
+
+
+class MLP(nn.Module):
+    """Two hidden layers on normalised inputs, once per seed."""
+
+    def __init__(self, mean, std, hidden_dim: int, out_dim: int, generators: list[torch.Generator]):
+        super().__init__()
+        # The normaliser is part of the network, so that a saved network is complete.
+        self.register_buffer("mean", mean)  # (seeds, 1, in_dim), or (in_dim,) for all seeds
+        self.register_buffer("std", std)
+        self.layer1 = BatchedLinear(mean.shape[-1], hidden_dim, generators)
+        self.layer2 = BatchedLinear(hidden_dim, hidden_dim, generators)
+        self.layer3 = BatchedLinear(hidden_dim, out_dim, generators)
+
+    def forward(self, *inputs: torch.Tensor) -> torch.Tensor:
+        """Of observations (seeds, batch, obs_dim), or of observations and actions."""
+        x = (torch.cat(inputs, dim=-1) - self.mean) / self.std
+        x = F.relu(self.layer1(x))
+        x = F.relu(self.layer2(x))
+        return self.layer3(x)
+
+
+def make_generators(seeds: range, stream: int) -> list[torch.Generator]:
+    """One for each seed. Different streams draw different numbers for the same seed."""
+    return [torch.Generator().manual_seed(1_000_003 * stream + seed) for seed in seeds]
+
+
+def mean_and_std(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of each column, in float64: a float32 sum over a million rows is off in the fourth digit."""
+    std, mean = torch.std_mean(rows.double(), dim=0, correction=0)
+    return mean, std
+
+
+def gather(tensors: list | tuple, rows: torch.Tensor) -> list[torch.Tensor]:
+    """Each seed's rows: tensors (seeds, N, ...), rows (seeds, batch) -> (seeds, batch, ...)."""
+    seeds = torch.arange(len(rows), device=rows.device).unsqueeze(1)
+    return [tensor[seeds, rows] for tensor in tensors]
+
+
+# --- Reward model (Romeo & Bagdanov 2024) ---
+def split_labels(rewards: np.ndarray, fraction: float | None, seeds: range) -> np.ndarray:
+    """Draw the transitions whose reward each seed may see: their indices, (seeds, labels)."""
+    known = np.flatnonzero(~np.isnan(rewards))
+    require(len(known) > 0, "no transition is labelled: every reward is NaN")
+    if fraction is None:  # the paper's 1%; of a log that people labelled, every label
+        fraction = 0.01 if len(known) == len(rewards) else 1.0
+    num_labels = max(1, round(fraction * len(known)))
+    draws = [np.random.default_rng(seed).choice(known, num_labels, replace=False) for seed in seeds]
+    return np.sort(draws, axis=1)
+
+
+class GaussianProcess(nn.Module):
+    """Bayesian linear regression plus a smooth function, for few labels; once per seed.
+
+    Before any label is seen, f is a random function of x = (s, a) with the covariance
+        k(a, b) = 1 + linear sum_j r_j a_j b_j + smooth exp(-sum_j (a_j - b_j)^2 / (2 l_j^2)):
+    a constant, plus a linear function whose input j has the relevance r_j, plus a function that
+    varies over lengths l_j. After the labels y = f(X) + noise, its expectation is
+        f(x) = k(x, X) @ weights,  where  weights = (k(X, X) + noise I)^-1 y.    (2.25)
+    Rasmussen & Williams (2006), Gaussian Processes for Machine Learning."""
+
+    def __init__(self, mean, std, num_seeds: int, num_labels: int):
+        super().__init__()
+        in_dim = len(mean)
+        num_labels = min(num_labels, 2000)  # time grows with the cube: of more, 2,000 are used
+        self.register_buffer("mean", mean)  # (in_dim,), as in MLP
+        self.register_buffer("std", std)
+        self.register_buffer("x", torch.zeros(num_seeds, num_labels, in_dim).double())
+        self.register_buffer("weights", torch.zeros(num_seeds, num_labels, 1).double())
+
+        def log_parameter(start: float, width: int) -> nn.Parameter:  # the logarithm of what is > 0
+            return nn.Parameter(torch.full((num_seeds, 1, width), start).double())
+
+        self.log_noise = log_parameter(-1.0, 1)
+        self.log_linear = log_parameter(-math.log(in_dim), 1)  # so that the sum over j is near 1
+        self.log_smooth = log_parameter(-1.0, 1)
+        self.log_relevance = log_parameter(0.0, in_dim)
+        self.log_inverse_length = log_parameter(-math.log(in_dim) / 2, in_dim)
+
+    def inputs(self, observations: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
+        x = (torch.cat([observations, actions], dim=-1) - self.mean) / self.std
+        return x.double()  # float32 is too coarse to invert k(X, X)
+
+    def kernel(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        """k of all pairs: (seeds, n, in_dim), (seeds, m, in_dim) -> (seeds, n, m)."""
+        product = (a * self.log_relevance.exp()) @ b.mT
+        inverse_length = self.log_inverse_length.exp()
+        distance = torch.cdist(a * inverse_length, b * inverse_length)
+        smooth = self.log_smooth.exp() * torch.exp(-distance.square() / 2)
+        return 1 + self.log_linear.exp() * product + smooth
+
+    def cholesky(self, x: torch.Tensor) -> torch.Tensor:
+        """The lower triangular L with L @ L.mT = k(X, X) + noise I."""
+        noise = self.log_noise.exp() + 1e-4  # 1e-4: never so little that L does not exist
+        return torch.linalg.cholesky(self.kernel(x, x) + noise * torch.eye(x.shape[1]).to(x))
+
+    def fit(self, observations, actions, rewards) -> None:
+        """Labels, (seeds, labels, ...): first the parameters that explain them best, then (2.25)."""
+        x, y = self.inputs(observations, actions), rewards.double().unsqueeze(-1)
+        spread = torch.linspace(0, x.shape[1] - 1, self.x.shape[1]).long()
+        x, y = x[:, spread], y[:, spread]
+        few = torch.linspace(0, x.shape[1] - 1, min(x.shape[1], 500)).long()  # enough for the loss
+        starts = [parameter.detach().clone() for parameter in self.parameters()]
+        optimizer = torch.optim.Adam(self.parameters(), lr=0.1)
+        for _ in range(100):
+            # -log p(y | parameters), but for a constant (2.30).
+            L = self.cholesky(x[:, few])
+            white = torch.linalg.solve_triangular(L, y[:, few], upper=False)
+            loss = white.square().sum() / 2 + L.diagonal(dim1=1, dim2=2).log().sum()
+            # -log p(parameters): a priori each is normal, with variance 1 around its start.
+            for parameter, start in zip(self.parameters(), starts):
+                loss = loss + (parameter - start).square().sum() / 2
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        self.x = x
+        self.weights = torch.cholesky_solve(y, self.cholesky(x)).detach()
+
+    def forward(self, observations: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
+        """(seeds, batch, ...) -> (seeds, batch, 1)."""
+        return self.kernel(self.inputs(observations, actions), self.x) @ self.weights
+
+
+class RewardModel(nn.Module):
+    """f(s, a) of each seed, in the rewards' own unit; the model within sees standard units."""
+
+    def __init__(self, dataset: Dataset, labels: np.ndarray, generators, args):
+        super().__init__()
+        rewards = dataset.rewards[labels]
+        fits = (np.ptp(rewards, axis=1) > 0).all()
+        require(fits, f"a seed's {labels.shape[1]} labelled rewards are all equal: label more")
+        mean, std = mean_and_std(torch.from_numpy(rewards).T)
+        self.register_buffer("reward_mean", mean.unsqueeze(1))  # (seeds, 1), float64
+        self.register_buffer("reward_std", std.unsqueeze(1))
+        # Observations and actions are known without labels, so all of them normalise. A feature
+        # that is nearly always the same must not become huge where it is not, hence the maximum.
+        observations, actions = map(torch.from_numpy, (dataset.observations, dataset.actions))
+        mean, std = mean_and_std(observations)
+        std = torch.maximum(std, (observations.amax(dim=0) - observations.amin(dim=0)) / 1000)
+        low, high = actions.amin(dim=0), actions.amax(dim=0)  # actions: to [-1, 1]
+        mean = torch.cat([mean, (low + high) / 2])
+        std = torch.cat([std, (high - low) / 2])
+        std[std == 0] = 1  # an input that never changes
+        if args.reward_model == "gp":
+            self.model = GaussianProcess(mean.float(), std.float(), *labels.shape)
+        else:
+            self.model = MLP(mean.float(), std.float(), args.reward_hidden_dim, 1, generators)
+
+    def forward(self, observations: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
+        """(seeds, batch, ...) -> (seeds, batch)."""
+        return self.reward_mean + self.reward_std * self.model(observations, actions).squeeze(-1)
+
+
+def reward_backward(model: MLP, observations, actions, rewards) -> None:
+    """The gradients of Eq. 4."""
+    loss = (model(observations, actions).squeeze(-1) - rewards).square().mean(dim=1)  # (seeds,)
+    loss.sum().backward()  # a sum over seeds: each gets the gradient it would have alone
+
+
+def fit_reward_model(reward_model: RewardModel, dataset: Dataset, labels, generators, args) -> None:
+    """Minimise Eq. 4 on each seed's labelled transitions, or condition the Gaussian process."""
+    model, device = reward_model.model, reward_model.reward_mean.device
+    observations = torch.from_numpy(dataset.observations[labels]).to(device)  # (seeds, labels, ...)
+    actions = torch.from_numpy(dataset.actions[labels]).to(device)
+    rewards = torch.from_numpy(dataset.rewards[labels]).to(device)
+    rewards = ((rewards - reward_model.reward_mean) / reward_model.reward_std).float()
+    if isinstance(model, GaussianProcess):
+        return model.fit(observations, actions, rewards)
+
+    settings = {"lr": args.reward_learning_rate, "fused": True, "capturable": True}
+    optimizer = torch.optim.Adam(model.parameters(), **settings)
+    num_seeds, num_labels = labels.shape
+    batch_size = min(args.reward_batch_size, num_labels)
+    num_batches = math.ceil(num_labels / batch_size)
+    rows = torch.zeros(num_seeds, batch_size, dtype=torch.long, device=device)
+
+    def step() -> None:
+        batch = gather([observations, actions, rewards], rows)
+        optimizer.zero_grad()
+        reward_backward(model, *batch)
+        optimizer.step()
+
+    steps = repeat(step, [], recorded=args.cuda_graph and device.type == "cuda")
+    for _ in tqdm(range(args.reward_epochs), "reward model", leave=False, disable=None):
+        order = torch.stack([torch.randperm(num_labels, generator=g) for g in generators])
+        # All batches are of one size: the last one is filled up with labels of the first.
+        missing = num_batches * batch_size - num_labels
+        order = torch.cat([order, order[:, :missing]], dim=1).to(device)
+        for batch_rows in order.split(batch_size, dim=1):
+            rows.copy_(batch_rows)
+            next(steps)
+
+
+@torch.no_grad()
+def impute_rewards(reward_model: RewardModel, dataset: Dataset, labels: np.ndarray) -> np.ndarray:
+    """Eq. 5: a labelled transition keeps its reward, any other gets f(s, a); (seeds, N)."""
+    device = reward_model.reward_mean.device
+    rewards = np.empty((len(labels), len(dataset.rewards)), np.float32)
+    for start in range(0, len(dataset.rewards), 2048):  # in chunks: hidden layers are large
+        chunk = slice(start, start + 2048)
+        observations = torch.from_numpy(dataset.observations[chunk]).to(device)
+        actions = torch.from_numpy(dataset.actions[chunk]).to(device)
+        each_seed = observations.expand(len(labels), -1, -1), actions.expand(len(labels), -1, -1)
+        rewards[:, chunk] = reward_model(*each_seed).cpu()
+    np.put_along_axis(rewards, labels, dataset.rewards[labels], axis=1)
+    return rewards
+
+
+def imputation_quality(imputed: np.ndarray, dataset: Dataset, labels: np.ndarray) -> dict | None:
+    """How well each seed's imputed rewards match the hidden ones, which no agent sees.
+
+    None if nothing is hidden. The correlation is that of the returns of episodes that are
+    known as a whole."""
+    quality = {"r2": [], "mse": [], "mae": [], "return_correlation": []}
+    true_returns = np.bincount(dataset.episode_ids, dataset.rewards)
+    known = ~np.isnan(true_returns)
+    for rewards, rows in zip(imputed, labels):
+        hidden = ~np.isnan(dataset.rewards)
+        hidden[rows] = False
+        if not hidden.any():
+            return None
+        true = dataset.rewards[hidden].astype(np.float64)
+        error = rewards[hidden] - true
+        returns = np.bincount(dataset.episode_ids, rewards)
+        with np.errstate(all="ignore"):  # of equal rewards or returns neither is defined: NaN
+            quality["r2"].append(float(1 - np.mean(error**2) / np.var(true)))
+            correlation = np.corrcoef(true_returns[known], returns[known])[0, 1]
+        quality["mse"].append(float(np.mean(error**2)))
+        quality["mae"].append(float(np.mean(np.abs(error))))
+        quality["return_correlation"].append(float(correlation))
+    return quality
+
+
+# --- Judging ---
+def linear_regression(dataset: Dataset, labels: np.ndarray) -> np.ndarray:
+    """Each seed's rewards by least squares on (s, a, 1), labels included; (seeds, N)."""
+    rewards = np.empty((len(labels), len(dataset.rewards)), np.float32)
+    for seed_rewards, rows in zip(rewards, labels):
+        inputs = np.hstack([dataset.observations, dataset.actions]).astype(np.float64)
+        center, true = inputs[rows].mean(axis=0), dataset.rewards[rows].astype(np.float64)
+        weights, *_ = np.linalg.lstsq(inputs[rows] - center, true - true.mean(), rcond=None)
+        seed_rewards[:] = (inputs - center) @ weights + true.mean()
+    return rewards
+
+
+def fit_and_predict(kind: str, dataset: Dataset, labels: np.ndarray, seeds: range, args, device):
+    """A fitted model and its f(s, a) of every transition, (seeds, N), labels included."""
+    if kind == "linear":
+        return None, linear_regression(dataset, labels)
+    args = replace(args, reward_model=kind)
+    generators = make_generators(seeds, stream=1)
+    reward_model = RewardModel(dataset, labels, generators, args).to(device)
+    fit_reward_model(reward_model, dataset, labels, generators, args)
+    return reward_model, impute_rewards(reward_model, dataset, labels[:, :0])
+
+
+def judge(predicted: np.ndarray, dataset: Dataset, labels: np.ndarray) -> dict[str, list]:
+    """Each seed's mean squared error on its labels, and its quality on the hidden rewards."""
+    imputed = predicted.copy()
+    np.put_along_axis(imputed, labels, dataset.rewards[labels], axis=1)
+    error = np.take_along_axis(predicted, labels, axis=1) - dataset.rewards[labels]
+    train_mse = np.mean(np.square(error, dtype=np.float64), axis=1).tolist()
+    return {"train_mse": train_mse} | imputation_quality(imputed, dataset, labels)
+
+
+@torch.no_grad()
+def posterior_std(reward_model: RewardModel, observations, actions) -> torch.Tensor:
+    """How far a reward may be from its expectation f(s, a), one standard deviation, (seeds, batch).
+
+    That of f by equation 2.26 of Rasmussen & Williams (2006), and the noise of the labels."""
+    gp = reward_model.model
+    x = gp.inputs(observations, actions)
+    solved = torch.linalg.solve_triangular(gp.cholesky(gp.x), gp.kernel(gp.x, x), upper=False)
+    variance = gp.kernel(x, x).diagonal(dim1=1, dim2=2) - solved.square().sum(dim=1)
+    noise = gp.log_noise.exp().squeeze(-1)
+    return reward_model.reward_std * (variance.clamp(min=0) + noise).sqrt()
+
+
+def calibrate(reward_model: RewardModel, predicted, dataset: Dataset, labels) -> dict:
+    """Of the first seed, up to 1,000 hidden rewards with their predictions and 2 std of those."""
+    hidden = hidden_rows(dataset, labels[0])
+    rows = np.random.default_rng(0).permutation(hidden)[:1000]
+    device, num_seeds = reward_model.reward_mean.device, len(labels)
+    observations = torch.from_numpy(dataset.observations[rows]).to(device)
+    actions = torch.from_numpy(dataset.actions[rows]).to(device)
+    each_seed = observations.expand(num_seeds, -1, -1), actions.expand(num_seeds, -1, -1)
+    margin = 2 * posterior_std(reward_model, *each_seed)[0].cpu().numpy()
+    true, expected = dataset.rewards[rows], predicted[0, rows]
+    inside = float(np.mean(np.abs(true - expected) <= margin))
+    return {"true": true, "expected": expected, "margin": margin, "inside": inside}
+
+
+def hidden_rows(dataset: Dataset, labels: np.ndarray) -> np.ndarray:
+    """Transitions with a known reward that one seed's model has not seen."""
+    return np.setdiff1d(np.flatnonzero(~np.isnan(dataset.rewards)), labels)
+
+
+def mean_std(values: list) -> str:
+    if not np.isfinite(values).all():
+        return "unknown"
+    return f"{np.mean(values):.4f} ± {np.std(values):.4f}"
+
+
+def print_quality(quality: dict[str, dict]) -> None:
+    """A row for each model, a column for each number."""
+    titles = ["train MSE", "R2", "MSE", "MAE", "return correlation"]
+    print("\n" + " " * 8 + "".join(title.rjust(22) for title in titles))
+    for name, numbers in quality.items():
+        print(name.ljust(8) + "".join(mean_std(values).rjust(22) for values in numbers.values()))
+    print()
+
+
+# --- Pictures ---
+def save_picture(path: Path, figure: Figure) -> None:
+    with replacing(path) as file:
+        figure.savefig(file, format="png", dpi=150)
+
+
+def report_figure(dataset, kind: str, predicted, labels, quality: dict, calibration) -> Figure:
+    """Predicted against true rewards, an episode, the returns, the models compared."""
+    figure = Figure(figsize=(10, 8), layout="constrained")
+    panels = figure.subplots(2, 2)
+    imputed = predicted[0].copy()
+    imputed[labels[0]] = dataset.rewards[labels[0]]
+    draw_rewards(panels[0, 0], figure, dataset, predicted[0], labels[0], calibration)
+    panels[0, 0].set_title(f"{kind}: $R^2$ = {quality[kind]['r2'][0]:.3f}")
+    draw_episode(panels[0, 1], dataset, imputed, labels[0])
+    draw_returns(panels[1, 0], dataset, imputed)
+    means = [np.mean(numbers["r2"]) for numbers in quality.values()]
+    stds = [np.std(numbers["r2"]) for numbers in quality.values()]
+    panels[1, 1].bar(list(quality), means, yerr=stds, capsize=4, color="tab:blue")
+    panels[1, 1].set(ylabel="$R^2$ on the hidden rewards", ylim=(min(0, *means), 1.02))
+    panels[1, 1].set_title(f"the same {labels.shape[1]:,} labels, {len(labels)} seed(s)")
+    return figure
+
+
+def draw_rewards(axes, figure: Figure, dataset, predicted, labels, calibration) -> None:
+    hidden = hidden_rows(dataset, labels)
+    true = dataset.rewards[hidden]
+    settings = {"gridsize": 60, "bins": "log", "cmap": "cividis", "mincnt": 1, "linewidths": 0.1}
+    image = axes.hexbin(true, predicted[hidden], **settings)
+    figure.colorbar(image, ax=axes, label=f"transitions, of {len(hidden):,} hidden")
+    axes.axline((true.mean(), true.mean()), slope=1, color="black", linewidth=0.8, linestyle="--")
+    axes.set(xlabel="true reward", ylabel="predicted reward")
+    if calibration:  # the first hundred of the sample
+        points = {name: calibration[name][:100] for name in ("true", "expected", "margin")}
+        style = {"fmt": "o", "color": "tab:red", "markersize": 2, "elinewidth": 0.8}
+        axes.errorbar(
+            points["true"], points["expected"], points["margin"], label="± 2 std", **style
+        )
+        axes.legend(loc="upper left")
+
+
+def draw_episode(axes, dataset: Dataset, imputed: np.ndarray, labels: np.ndarray) -> None:
+    """The beginning of the episode of median return."""
+    returns = np.bincount(dataset.episode_ids, imputed)
+    episode = np.argsort(returns)[len(returns) // 2]
+    rows = np.flatnonzero(dataset.episode_ids == episode)[:150]
+    axes.plot(dataset.rewards[rows], color="black", linewidth=1.5, label="true")
+    axes.plot(imputed[rows], color="tab:orange", linewidth=1, label="imputed")
+    known = np.flatnonzero(np.isin(rows, labels))
+    axes.plot(known, imputed[rows[known]], "o", color="tab:blue", markersize=5, label="labelled")
+    axes.set(
+        xlabel="step", ylabel="reward", title=f"episode {episode}, its first {len(rows)} steps"
+    )
+    axes.margins(y=0.2)
+    axes.legend(loc="lower center", ncols=3)
+
+
+def draw_returns(axes, dataset: Dataset, imputed: np.ndarray) -> None:
+    returns = np.bincount(dataset.episode_ids, imputed)
+    true_returns = np.bincount(dataset.episode_ids, dataset.rewards)  # NaN: not known as a whole
+    known = np.isfinite(true_returns)
+    if not known.any():
+        axes.hist(returns, bins=50, color="tab:blue")
+        axes.set(xlabel="imputed return", ylabel="episodes", title="returns (no true one is known)")
+        return
+    axes.plot(true_returns[known], returns[known], "o", color="tab:blue", markersize=3, alpha=0.6)
+    middle = true_returns[known].mean()
+    axes.axline((middle, middle), slope=1, color="black", linewidth=0.8, linestyle="--")
+    axes.set(xlabel="true return", ylabel="imputed return", title=f"{known.sum():,} episodes")
+
+
+def sweep(dataset: Dataset, seeds: range, args: Args, device, run_dir: Path) -> list[dict]:
+    """R2 of each model against the number of labels: printed, in sweep.csv and in sweep.png."""
+    num_known = np.count_nonzero(~np.isnan(dataset.rewards))
+    counts = {10, 30, 100, 300, 1000, round(0.01 * num_known)}
+    table = []
+    for count in sorted(count for count in counts if 2 <= count < num_known):
+        labels = split_labels(dataset.rewards, count / num_known, seeds)
+        for kind in ("mlp", "gp", "linear"):
+            _, predicted = fit_and_predict(kind, dataset, labels, seeds, args, device)
+            r2 = judge(predicted, dataset, labels)["r2"]
+            row = {"labels": count, "model": kind, "r2_mean": np.mean(r2), "r2_std": np.std(r2)}
+            table.append(row | {"r2_worst": np.min(r2)})
+            print(f"{count:10,} labels   {kind:6s}   R2 {mean_std(r2)}")
+    require(len(table) > 0, "--sweep: there are not enough labels to hide some of them")
+    lines = [",".join(table[0]), *(",".join(map(str, row.values())) for row in table)]
+    with replacing(run_dir / "sweep.csv") as file:
+        file.write("\n".join([*lines, ""]).encode())
+    save_picture(run_dir / "sweep.png", sweep_figure(table))
+    return table
+
+
+def sweep_figure(table: list[dict]) -> Figure:
+    figure = Figure(figsize=(5.5, 4), layout="constrained")
+    axes = figure.subplots()
+    styles = {"mlp": ("MLP", "tab:blue", "o-"), "gp": ("Gaussian process", "tab:orange", "s-")}
+    styles["linear"] = ("linear regression", "gray", "^--")
+    for kind, (title, color, style) in styles.items():
+        rows = [row for row in table if row["model"] == kind]
+        x, mean = [row["labels"] for row in rows], [row["r2_mean"] for row in rows]
+        std = [row["r2_std"] for row in rows]
+        axes.errorbar(x, mean, std, color=color, fmt=style, capsize=3, label=title)
+    axes.set(
+        xscale="log", xlabel="labels", ylabel="$R^2$ on the hidden rewards", ylim=(-0.05, 1.02)
+    )
+    axes.legend(loc="lower right")
+    return figure
+
+
+# --- Loading a dataset ---
 BUNDLED = "halfcheetah-medium-replay-mini"  # self-collected, not D4RL: tests/data/README.md
 SHA256 = {
     BUNDLED: "5ebac26957e14a6220d6f69990b73c41f2cc995b577b2d0bf49723c2c85d688b",
@@ -86,244 +567,335 @@ SHA256 = {
     "hopper-medium-expert-v2": "9d51ad87f8c905be3880d84c6140bcdb7fbf39a19e046a237f238ba34fec9e26",
     "walker2d-medium-expert-v2": "6b8d7f868c45bbaedf460be797fb7271b46dee6ebe45fe7a64319f2005b59a04",
 }
-D4RL_TASKS = {  # evaluation environment, returns of a random and of an expert policy (scores 0 and 100)
+D4RL_TASKS = {  # simulator, returns of a random and of an expert policy
     "halfcheetah": ("HalfCheetah-v4", -280.178953, 12135.0),
     "hopper": ("Hopper-v4", -20.272305, 3234.3),
     "walker2d": ("Walker2d-v4", 1.629008, 4592.3),
 }
-D4RL_URLS = ["https://rail.eecs.berkeley.edu/datasets/offline_rl/gym_mujoco_v2/"]  # has been down for days at a time
-D4RL_URLS += ["https://huggingface.co/datasets/imone/D4RL/resolve/main/"]
+D4RL_URLS = [
+    "https://rail.eecs.berkeley.edu/datasets/offline_rl/gym_mujoco_v2/",
+    "https://huggingface.co/datasets/imone/D4RL/resolve/main/",  # when the first is down
+]
 
 
-class Dataset(NamedTuple):
-    observations: np.ndarray  # (N, obs_dim), float32, transitions in episode order
-    actions: np.ndarray  # (N, act_dim), scaled to [-1, 1]
-    rewards: np.ndarray  # (N,), NaN where nobody labelled
-    next_observations: np.ndarray  # (N, obs_dim)
-    terminals: np.ndarray  # (N,), 1 = the task ended: no bootstrap
-    episode_ids: np.ndarray  # (N,), int64, consecutive from 0
-    env_spec: gym.envs.registration.EnvSpec  # the environment to evaluate in
-    action_low: np.ndarray  # (act_dim,), its bounds
-    action_high: np.ndarray  # (act_dim,)
-    ref_min: float  # return of score 0; NaN: no such references, raw returns are reported
-    ref_max: float  # return of score 100
-    sha256: str  # of the transitions
+def load_dataset(env_id: str | None = None, dataset_path: Path | None = None) -> Dataset:
+    """A D4RL, Minari, bundled or local HDF5 dataset; UserError if it cannot be trained on."""
+    if dataset_path:
+        name = env_id or dataset_path.stem
+        env, ref_min, ref_max = find_task(env_id)
+        columns = read_hdf5(dataset_path, follow_d4rl=False)
+    elif env_id is None or env_id in SHA256:
+        name = env_id or BUNDLED
+        env, ref_min, ref_max = D4RL_TASKS[name.split("-")[0]]
+        columns = read_hdf5(find_file(name), follow_d4rl=True)
+    else:
+        name = env_id
+        minari_dataset = load_minari(name)
+        env = minari_dataset if minari_dataset.env_spec else None
+        ref_min = minari_dataset.storage.metadata.get("ref_min_score", np.nan)
+        ref_max = minari_dataset.storage.metadata.get("ref_max_score", np.nan)
+        columns = read_minari(minari_dataset)
+
+    require(len(columns["rewards"]) > 0, "the dataset has no transitions")
+    for key in ("observations", "actions", "next_observations"):
+        require(np.isfinite(columns[key]).all(), f"the dataset has NaN or inf in {key}")
+    infinite = np.isinf(columns["rewards"]).any()
+    require(not infinite, "the dataset has inf in rewards (NaN means unlabelled)")
+    return Dataset(**columns, env=env, ref_min=ref_min, ref_max=ref_max, name=name)
 
 
-def load_dataset(env_id: str, dataset_path: Path | None = None, eval_env_id: str | None = None) -> Dataset:
-    """A D4RL, Minari, bundled or local HDF5 dataset; raises UserError if it cannot be trained on."""
-    task, source, ref_min, ref_max = env_id.split("-")[0], env_id, np.nan, np.nan
-    if env_id in SHA256 or (dataset_path and task in D4RL_TASKS):
-        source, ref_min, ref_max = D4RL_TASKS[task]
-    elif "/" in env_id or env_id in minari.list_local_datasets():
-        try:
-            source = minari.load_dataset(env_id, download=True)
-            make_env(eval_env_id or source)  # a dataset may have none
-        except Exception as error:  # unknown id, no network, damaged files: Minari has no common error for them
-            raise UserError(f"cannot load the Minari dataset {env_id}: {error}") from error
-        ref_min, ref_max = (source.storage.metadata.get(f"ref_{end}_score", np.nan) for end in ("min", "max"))
-    elif not dataset_path:
-        near = difflib.get_close_matches(env_id, [*SHA256, *minari.list_local_datasets()], cutoff=0)
-        raise UserError(f"unknown --env-id {env_id}; nearest: {', '.join(near)}; remote Minari ids have a slash")
-    env = make_env(eval_env_id or source)
-    spaces = (env.observation_space, env.action_space)
-    vectors = all(isinstance(space, gym.spaces.Box) and len(space.shape) == 1 for space in spaces)
-    require(vectors, f"{env.spec.id}: observations and actions must be continuous vectors (1-D Box), not {spaces}")
-    path = dataset_path or (find_file(env_id) if env_id in SHA256 else None)
-    columns = read_hdf5(path, None if dataset_path else SHA256[env_id]) if path else read_minari(source)
-    observations, actions, rewards, next_observations, terminals, episode_ids = columns
-    require(len(rewards), "the dataset has no transitions")
-    shapes = (observations.shape[1:], actions.shape[1:])
-    require(shapes == (spaces[0].shape, spaces[1].shape), f"the dataset has shapes {shapes}; {env.spec.id}: {spaces}")
-    finite = all(np.isfinite(array).all() for array in (observations, actions, next_observations))
-    require(finite, "the dataset has NaN or inf in observations or actions")
-    require(not np.isinf(rewards).any(), "the dataset has inf in rewards; only NaN is understood there: unlabelled")
-    low, high = env.action_space.low, env.action_space.high
-    require(np.isfinite([low, high]).all(), f"the actions of {env.spec.id} have no bounds: {env.action_space}")
-    actions = (actions - (high + low) / 2) / ((high - low) / 2)  # exactly the identity for bounds of -1 and 1
-    require(np.abs(actions).max() <= 1 + 1e-5, f"actions beyond the bounds of {env.spec.id}: {env.action_space}")
-    arrays = (observations, actions, rewards, next_observations, np.float32(terminals), episode_ids)
-    digest = hashlib.sha256(b"".join(hashlib.sha256(array).digest() for array in arrays))
-    return Dataset(*arrays, env.spec, low, high, ref_min, ref_max, digest.hexdigest())
-
-
-def make_env(env: str | gym.envs.registration.EnvSpec | minari.MinariDataset) -> gym.Env:
-    """An evaluation environment, without the simulator's warnings about the old but comparable -v4 tasks."""
-    mujoco.set_mju_user_warning(lambda message: None)  # else MUJOCO_LOG.TXT appears in the user's folder
-    gym.logger.min_level = gym.logger.ERROR
-    return env.recover_environment(eval_env=True) if isinstance(env, minari.MinariDataset) else gym.make(env)
+def find_task(env_id: str | None) -> tuple[str | None, float, float]:
+    """Simulator and reference returns for one's own file: of a D4RL name, else of a Gymnasium id."""
+    no_references = (env_id, np.nan, np.nan)
+    if env_id is None or env_id in gym.registry:
+        return no_references
+    return D4RL_TASKS.get(env_id.split("-")[0], no_references)
 
 
 def find_file(env_id: str) -> Path:
-    """The bundled file, or a D4RL file in the d4rl package's own cache, downloaded into it if missing."""
+    """The bundled file, or a D4RL file in the d4rl package's cache, downloaded if missing."""
     if env_id == BUNDLED:
-        return Path(__file__).parent / "tests" / "data" / f"{BUNDLED}.hdf5"
-    folder = Path(os.environ.get("D4RL_DATASET_DIR", "~/.d4rl/datasets")).expanduser()
-    path, failures = folder / (env_id.removesuffix("-v2").replace("-", "_") + "-v2.hdf5"), []
-    folder.mkdir(parents=True, exist_ok=True)
-    socket.setdefaulttimeout(30)  # seconds without a byte, from here on; download_url_to_file sets none
-    for url in () if path.exists() else D4RL_URLS:
-        print(f"downloading {url}{path.name}")
-        try:
-            torch.hub.download_url_to_file(url + path.name, str(path), hash_prefix=SHA256[env_id])
-            break
-        except (OSError, HTTPException, RuntimeError) as error:  # RuntimeError: the wrong bytes
-            failures.append(f"{url}: {error}")
-    hint = f"put it at {path} by hand, or use the bundled --env-id {BUNDLED}, which needs no network"
-    require(path.exists(), f"cannot download {path.name} ({'; '.join(failures)}); {hint}")
+        path = Path(__file__).resolve().parent / "tests" / "data" / f"{BUNDLED}.hdf5"
+    else:
+        folder = Path(os.environ.get("D4RL_DATASET_DIR", "~/.d4rl/datasets")).expanduser()
+        path = folder / (env_id.removesuffix("-v2").replace("-", "_") + "-v2.hdf5")
+        download(path, SHA256[env_id])
+    with open(path, "rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    require(found == SHA256[env_id], f"{path} has SHA-256 {found}, not {SHA256[env_id]}: delete it")
     return path
 
 
-def read_hdf5(path: Path, expected_sha256: str | None = None) -> tuple[np.ndarray, ...]:
-    """The first six fields of Dataset from a D4RL-schema HDF5 file, by the rule of d4rl.qlearning_dataset."""
-    keys = ("observations", "actions", "rewards", "terminals", "timeouts")
-    with open(path, "rb") as file:  # hashed and read through one handle, so that no other bytes slip in between
-        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-        require(expected_sha256 in (None, sha256), f"{path} has SHA-256 {sha256}, not {expected_sha256}: delete it")
+def download(path: Path, sha256: str) -> None:
+    """Fetch a D4RL file from the first host that has it, unless it is there."""
+    failures = []
+    for url in D4RL_URLS:
+        if path.exists():
+            return
+        print(f"downloading {url}{path.name}")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        socket.setdefaulttimeout(30)  # seconds without a byte
         try:
-            with h5py.File(file, "r") as h5:
-                observations, actions, *flat = (h5[key].astype(np.float32)[()] for key in keys)
-        except Exception as error:  # whatever h5py raises on a damaged or foreign file, the file is at fault
-            raise UserError(f"{path} is no readable HDF5 file with {', '.join(keys)}: {error}") from error
-    rewards, terminals, timeouts = (column.reshape(-1) for column in flat)  # replay files have rewards (rows, 1)
-    shapes = [column.shape for column in (observations, actions, rewards, terminals, timeouts)]
-    require(len({shape[:1] for shape in shapes}) == 1, f"{path} has different lengths or wrong shapes: {shapes}")
-    require(np.isfinite([terminals, timeouts]).all(), f"{path} has NaN or inf in terminals or timeouts")
-    # Timeouts and the last row have no next observation: dropped. A terminal row's is another episode's: mask it.
-    rows, ends = np.flatnonzero(timeouts[:-1] == 0), (terminals != 0) | (timeouts != 0)
-    _, episode_ids = np.unique((np.cumsum(ends) - ends)[rows], return_inverse=True)  # no hole where all rows dropped
-    return observations[rows], actions[rows], rewards[rows], observations[rows + 1], terminals[rows] != 0, episode_ids
+            torch.hub.download_url_to_file(url + path.name, str(path), sha256)
+        except (OSError, HTTPException, RuntimeError) as error:  # RuntimeError: wrong bytes
+            failures.append(f"{url}: {error}")
+    require(
+        path.exists(),
+        f"cannot download {path.name} ({'; '.join(failures)}); put it at {path} by hand, "
+        f"or use the bundled --env-id {BUNDLED}, which needs no network",
+    )
 
 
-def read_minari(dataset: minari.MinariDataset) -> tuple[np.ndarray, ...]:
-    """The first six fields of Dataset; an episode has T + 1 observations, so no step is dropped."""
-    steps = [(e.observations[:-1], e.actions, e.rewards, e.observations[1:], e.terminations) for e in dataset if len(e)]
-    require(steps, f"{dataset.id} has no transitions")
-    columns = (np.concatenate(column).astype(np.float32) for column in zip(*steps))
-    return *columns, np.repeat(np.arange(len(steps)), [len(actions) for _, actions, *_ in steps])
+def read_hdf5(path: Path, follow_d4rl: bool) -> dict[str, np.ndarray]:
+    """The columns of Dataset from a D4RL-schema file, by D4RL's rule or that for one's own logs."""
+    arrays = read_columns(path)
+    terminals, timeouts = find_ends(path, arrays)
+    is_kept = find_transitions(arrays, terminals, timeouts, follow_d4rl)
+    next_observations = np.append(arrays["observations"][1:], arrays["observations"][-1:], axis=0)
+    if not follow_d4rl:
+        next_observations = arrays.get("next_observations", next_observations)
+        report_dropped(path, arrays["rewards"], is_kept)
+
+    ends = terminals | timeouts
+    episode_ids = np.cumsum(ends) - ends  # the number of ends before each row
+    _, episode_ids = np.unique(episode_ids[is_kept], return_inverse=True)  # no holes
+    return {
+        "observations": arrays["observations"][is_kept],
+        "actions": arrays["actions"][is_kept],
+        "rewards": arrays["rewards"][is_kept],
+        "next_observations": next_observations[is_kept],
+        "terminals": terminals[is_kept].astype(np.float32),
+        "episode_ids": episode_ids,
+    }
 
 
-# --- Seeds as a batch dimension ---
-class BatchedLinear(nn.Module):
-    """A linear layer a generator, (models, batch, in_dim) -> (models, batch, out_dim); fewer inputs meet the first ones."""
-
-    def __init__(self, generators: list, in_dim: int, out_dim: int):
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(len(generators), in_dim, out_dim))
-        self.bias = nn.Parameter(torch.empty(len(generators), 1, out_dim))
-        for weight, bias, generator in zip(self.weight.data, self.bias.data, generators):  # as nn.Linear does it
-            nn.init.uniform_(weight, -(in_dim**-0.5), in_dim**-0.5, generator=generator)
-            nn.init.uniform_(bias, -(in_dim**-0.5), in_dim**-0.5, generator=generator)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        w, b = (self.weight, self.bias) if len(x) == len(self.weight) else (self.weight[: len(x)], self.bias[: len(x)])
-        return torch.bmm(x, w) + b if torch.compiler.is_compiling() else torch.baddbmm(b, x, w)  # compiled, + is fused
+def find_transitions(arrays: dict, terminals, timeouts, follow_d4rl: bool) -> np.ndarray:
+    """The rows that are whole transitions, (rows,), bool."""
+    has_next = ~timeouts  # the next row holds the next observation
+    has_next[-1:] = False
+    if follow_d4rl:  # drops all others, and so does every published score
+        return has_next
+    if "next_observations" in arrays:
+        return np.ones_like(has_next)
+    return has_next | terminals  # after a terminal row nothing is to be known
 
 
-class Network(nn.Module):
-    """Perceptrons with two hidden layers, `twins` for each seed: first every seed's first, then every seed's second."""
-
-    def __init__(self, generators: list, in_dim: int, hidden_dim: int, out_dim: int, twins=1, mean=0.0, std=1.0):
-        super().__init__()
-        self.register_buffer("mean", torch.zeros(len(generators), 1, 1) + mean)  # (seeds, 1, obs_dim)
-        self.register_buffer("std", torch.zeros(len(generators), 1, 1) + std)
-        shapes = (in_dim, hidden_dim), (hidden_dim, hidden_dim), (hidden_dim, out_dim)
-        first, second, third = (BatchedLinear(generators * twins, *shape) for shape in shapes)
-        self.mlp = nn.Sequential(first, nn.ReLU(inplace=True), second, nn.ReLU(inplace=True), third)
-
-    def forward(self, observations: torch.Tensor, *actions: torch.Tensor, twins: int = 1) -> torch.Tensor:
-        """(seeds, batch, out_dim) from observations, and actions, (seeds, batch, ...); for 2 twins (2, seeds, ...)."""
-        x = torch.cat([(observations - self.mean) / self.std, *actions], dim=-1)
-        return self.mlp(x) if twins == 1 else self.mlp(x.repeat(twins, 1, 1)).view(twins, *x.shape[:2], -1)
-
-
-def gather(tensors: list | tuple, rows: torch.Tensor) -> list[torch.Tensor]:
-    """Rows of each tensor, (seeds, N, ...) -> (*rows.shape, ...): `rows`, (..., seeds, batch), are each seed's own."""
-    each_seed = torch.arange(rows.shape[-2], device=rows.device)[:, None]
-    return [tensor[each_seed, rows] for tensor in tensors]
+def read_columns(path: Path) -> dict[str, np.ndarray]:
+    """Every known column of the file, float32, all of the same length."""
+    keys = ["observations", "actions", "rewards", "terminals"]
+    try:
+        with h5py.File(path, "r") as file:
+            keys += [key for key in ("timeouts", "next_observations") if key in file]
+            columns = {key: file[key] for key in keys}
+            check_layout(path, columns)
+            arrays = {key: column.astype(np.float32)[()] for key, column in columns.items()}
+    except UserError:
+        raise
+    except Exception as error:  # whatever h5py raises, the file is at fault
+        message = f"{path} is no readable HDF5 file with {', '.join(keys)}: {error}"
+        raise UserError(message) from error
+    for key in ("rewards", "terminals", "timeouts"):
+        if key in arrays:
+            arrays[key] = arrays[key].reshape(-1)  # D4RL's replay files have rewards of (rows, 1)
+    return arrays
 
 
-def loss_and_grad(loss_function, parameters: list, *inputs) -> tuple:
-    """Each seed's loss, (seeds,), and the gradients of their sum; both directions in one, for --compile."""
-    loss = loss_function(*inputs)
-    return loss.detach(), torch.autograd.grad(loss.sum(), parameters)
+def check_layout(path: Path, columns: dict[str, h5py.Dataset]) -> None:
+    """Refuse what is no table of numbers, before anything is read into memory."""
+    for key, column in columns.items():
+        is_array = isinstance(column, h5py.Dataset) and column.shape is not None
+        require(is_array and column.dtype.kind in "fiub", f"{path}: {key} is no array of numbers")
+        if key in ("observations", "actions", "next_observations"):
+            fits = column.ndim == 2 and column.shape[1] > 0
+        else:
+            fits = column.shape[1:] in ((), (1,)) and column.ndim > 0
+        require(fits, f"{path} has wrong shapes: {key} is {column.shape}")
+        declared = math.prod(column.shape) * column.dtype.itemsize
+        plausible = declared <= 2000 * path.stat().st_size  # compression saves a factor of 1,000
+        require(plausible, f"{path}: {key} declares {len(column):,} rows, more than the file holds")
+    lengths = {key: len(column) for key, column in columns.items()}
+    require(len(set(lengths.values())) == 1, f"{path} has columns of different lengths: {lengths}")
+    if "next_observations" in columns:
+        same = columns["next_observations"].shape == columns["observations"].shape
+        require(same, f"{path} has wrong shapes: next_observations differ from observations")
 
 
-def gradient_step(optimizer: torch.optim.Adam, loss_function, *inputs) -> torch.Tensor:
-    """Step on the gradients of the optimizer's own parameters, and of no others; returns the loss, (seeds,)."""
-    loss, gradients = loss_and_grad(loss_function, parameters := optimizer.param_groups[0]["params"], *inputs)
-    for parameter, gradient in zip(parameters, gradients):
-        parameter.grad = gradient
-    optimizer.step()
-    return loss
+def find_ends(path: Path, arrays: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """Rows where the task ended, and rows where the recording was cut off; (rows,), bool."""
+    for key in ("terminals", "timeouts"):
+        finite = np.isfinite(arrays.get(key, 0)).all()
+        require(finite, f"{path} has NaN or inf in {key}")
+    terminals = arrays["terminals"] != 0
+    if "timeouts" in arrays:
+        return terminals, arrays["timeouts"] != 0
+    if "next_observations" in arrays:  # a cut is where the next row begins with something else
+        following = np.roll(arrays["observations"], -1, axis=0)
+        return terminals, (arrays["next_observations"] != following).any(axis=1)
+    require(
+        terminals[-1:].all(),
+        f"{path} has no timeouts, and terminals do not say where its last episode ends: add the "
+        "column timeouts, 1 in the last row of each episode that was cut off, 0 elsewhere",
+    )
+    return terminals, np.zeros_like(terminals)
 
 
-# --- Reward model ---
-def split_labels(rewards: np.ndarray, label_fraction: float | None, seeds: range) -> np.ndarray:
-    """Indices of each seed's labelled transitions, (seeds, labels), drawn uniformly from the known rewards."""
-    require(len(known := np.flatnonzero(~np.isnan(rewards))), "no transition is labelled: every reward is NaN")
-    fraction = label_fraction if label_fraction is not None else 0.01 if len(known) == len(rewards) else 1.0
-    num_labels = max(1, round(fraction * len(known)))
-    labels = np.sort([np.random.default_rng(seed).choice(known, num_labels, replace=False) for seed in seeds], axis=1)
-    require(np.ptp(rewards[labels], axis=1).all(), f"a seed's {num_labels} labelled rewards are all equal: label more")
-    return labels
+def report_dropped(path: Path, rewards: np.ndarray, is_kept: np.ndarray) -> None:
+    """Say how many rows of one's own log cannot be used, and how many labels lie on them."""
+    dropped = np.count_nonzero(~is_kept)
+    lost = np.count_nonzero(~np.isnan(rewards[~is_kept]))
+    left = np.count_nonzero(~np.isnan(rewards[is_kept]))
+    if dropped > 0:
+        print(
+            f"dropped       {dropped:,} rows without a next observation, {lost:,} of them labelled"
+        )
+    require(
+        left > 0 or lost == 0,
+        f"{path}: all {lost:,} labels are on rows whose next observation is unknown (timeouts, "
+        "last row): add the column next_observations, or terminals where the task ended",
+    )
 
 
-class RewardModel(Network):
-    """f(s, a) of each seed, its input normalised with all observations: they are known, labelled or not."""
-
-    def __init__(self, dataset: Dataset, seeds: range, hidden_dim: int):
-        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-        std, mean = torch.std_mean(torch.from_numpy(dataset.observations), dim=0, correction=0)  # (obs_dim,)
-        super().__init__(generators, len(mean) + dataset.actions.shape[1], hidden_dim, 1, mean=mean, std=std + 1e-3)
-        self.generators = generators  # for the order of the labelled transitions in each epoch
-
-    def squared_error(self, observations: torch.Tensor, actions: torch.Tensor, rewards: torch.Tensor) -> torch.Tensor:
-        return (self(observations, actions).squeeze(-1) - rewards).square().mean(dim=1)  # Eq. 4, (seeds,)
+def load_minari(env_id: str) -> minari.MinariDataset:
+    names = [*SHA256, *minari.list_local_datasets()]
+    nearest = ", ".join(difflib.get_close_matches(env_id, names, cutoff=0))
+    known = "/" in env_id or env_id in names
+    require(known, f"unknown --env-id {env_id}; nearest: {nearest}; remote Minari ids have a slash")
+    try:
+        return minari.load_dataset(env_id, download=True)
+    except Exception as error:  # no network, damaged files: Minari has no common error for them
+        raise UserError(f"cannot load the Minari dataset {env_id}: {error}") from error
 
 
-def train_reward_model(model: RewardModel, dataset: Dataset, labels: np.ndarray, epochs: int, lr: float, batch: int):
-    """Fit each seed's model to its labelled transitions (Eq. 4); returns the losses (epochs, seeds)."""
-    optimizer = torch.optim.Adam(model.parameters(), lr=lr, fused=True)
-    labelled = [torch.from_numpy(array[labels]).to(model.mean.device) for array in dataset[:3]]  # (seeds, labels, ...)
-    losses = torch.zeros(epochs, len(labels), device=model.mean.device)
-    for epoch in tqdm(range(epochs), "reward model", unit="epoch", leave=False, disable=None):
-        order = torch.stack([torch.randperm(labels.shape[1], generator=generator) for generator in model.generators])
-        for rows in order.to(model.mean.device).split(batch, dim=1):  # (seeds, batch)
-            losses[epoch] += gradient_step(optimizer, model.squared_error, *gather(labelled, rows)) * len(rows[0])
-    return (losses / labels.shape[1]).cpu().numpy()
+def read_minari(dataset: minari.MinariDataset) -> dict[str, np.ndarray]:
+    """Transitions of a Minari dataset: T + 1 observations an episode, so no step is dropped."""
+    for space in (dataset.observation_space, dataset.action_space):
+        vector = isinstance(space, gym.spaces.Box) and len(space.shape) == 1
+        require(vector, f"{dataset.id}: need continuous vectors (1-D Box), not {space}")
+    episodes = [episode for episode in dataset.iterate_episodes() if len(episode) > 0]
+    require(len(episodes) > 0, f"{dataset.id} has no transitions")
+
+    def join(arrays) -> np.ndarray:
+        return np.concatenate(list(arrays)).astype(np.float32)
+
+    lengths = [len(episode) for episode in episodes]
+    return {
+        "observations": join(episode.observations[:-1] for episode in episodes),
+        "actions": join(episode.actions for episode in episodes),
+        "rewards": join(episode.rewards for episode in episodes),
+        "next_observations": join(episode.observations[1:] for episode in episodes),
+        "terminals": join(episode.terminations for episode in episodes),
+        "episode_ids": np.repeat(np.arange(len(episodes)), lengths),
+    }
 
 
-@torch.no_grad()
-def impute_rewards(model: RewardModel, dataset: Dataset, labels: np.ndarray) -> np.ndarray:
-    """Each seed's rewards, (seeds, N): those labelled for it as they are, f(s, a) for all others (Eq. 5)."""
-    chunks = zip(*(torch.from_numpy(column).to(model.mean.device).split(16384) for column in dataset[:2]))
-    rewards = [model(*(column.expand(len(labels), -1, -1) for column in chunk)).squeeze(-1) for chunk in chunks]
-    rewards = torch.cat(rewards, dim=1).cpu().numpy()  # in chunks: the hidden layers of all rows would be large
-    np.put_along_axis(rewards, labels, dataset.rewards[labels], axis=1)
-    return rewards
+# --- Writing the imputed dataset ---
+def write_hdf5(source: Path, target: Path, columns: dict, notes: dict) -> None:
+    """A copy of `source` with all rewards of the first seed, and the boolean column `labeled`."""
+    content = io.BytesIO(source.read_bytes())  # in memory: HDF5 cannot recover from a full disk
+    with h5py.File(content, "r+") as file:
+        shape = file["rewards"].shape
+        columns = columns | {"rewards": columns["rewards"].reshape(shape)}
+        for name, column in columns.items():
+            if name in file:
+                del file[name]
+            file.create_dataset(name, data=column, compression="gzip")
+        for name, value in notes.items():
+            file.attrs[f"imputation_{name}"] = json.dumps(value, default=str)
+    with replacing(target) as file:
+        file.write(content.getbuffer())
 
 
-def imputation_quality(imputed: np.ndarray, dataset: Dataset, labels: np.ndarray) -> dict[str, list] | None:
-    """How well each seed's imputed rewards (seeds, N) match the hidden ones, which no agent sees; None if unknown."""
-    hidden = np.stack([np.setdiff1d(np.flatnonzero(~np.isnan(dataset.rewards)), rows) for rows in labels])
-    if not hidden.size:
-        return None
-    true = dataset.rewards[hidden]  # (seeds, hidden)
-    error = np.take_along_axis(imputed, hidden, axis=1) - true
-    mse, mae = np.mean(error**2, axis=1), np.mean(np.abs(error), axis=1)
-    with np.errstate(all="ignore"):  # no R2 of equal rewards, no correlation of partly unknown or equal returns
-        correlation = np.corrcoef([np.bincount(dataset.episode_ids, r) for r in (dataset.rewards, *imputed)])[0, 1:]
-        quality = {"r2": 1 - mse / np.var(true, axis=1), "mse": mse, "mae": mae, "return_correlation": correlation}
-    return {name: [float(x) if np.isfinite(x) else None for x in values] for name, values in quality.items()}
+def complete_rows(source: Path, follow_d4rl: bool, reward_model, dataset, labels, rewards) -> dict:
+    """A reward for every row of the file, also for those that are no transition; (rows,)."""
+    arrays = read_columns(source)
+    terminals, timeouts = find_ends(source, arrays)
+    is_kept = find_transitions(arrays, terminals, timeouts, follow_d4rl)
+    is_known = ~np.isnan(arrays["rewards"])
+    is_label = np.zeros(len(is_known), bool)
+    is_label[np.flatnonzero(is_kept)[labels[0]]] = True
+    if labels.shape[1] == np.count_nonzero(is_known[is_kept]):  # every known reward is a label
+        is_label |= is_known
+
+    names = ("observations", "actions", "rewards")
+    every_row = dataset._replace(**{name: arrays[name] for name in names})
+    completed = impute_rewards(reward_model, every_row, labels[:, :0])[0]
+    completed[is_kept] = rewards[0]
+    completed[is_label] = arrays["rewards"][is_label]
+    return {"rewards": completed, "labeled": is_label}
 
 
-def write_file(path: Path, content: bytes) -> None:
-    """Write beside, flush to disk, rename: whoever reads `path` finds the old content or the new, never a part."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+def read_episodes(args: Args, dataset: Dataset) -> list[dict[str, np.ndarray]]:
+    """What Minari holds of each episode: T + 1 observations, T actions, T ends of either kind."""
+    has_next = not (args.env_id is None or args.env_id in SHA256)  # Minari does
+    if args.dataset_path:
+        has_next = "next_observations" in read_columns(args.dataset_path)
+    follows = (dataset.next_observations[:-1] == dataset.observations[1:]).all(axis=1)
+    follows &= np.diff(dataset.episode_ids) == 0
+    episodes = []
+    for rows in np.split(np.arange(len(dataset.rewards)), np.flatnonzero(~follows) + 1):
+        last, terminations = rows[-1], dataset.terminals[rows] == 1
+        final = dataset.next_observations[last]
+        if terminations[-1] and not has_next:  # the file does not tell: the last one stands in
+            final = dataset.observations[last]
+        episodes.append(
+            {
+                "rows": rows,
+                "observations": np.vstack([dataset.observations[rows], final]),
+                "actions": dataset.actions[rows],
+                "terminations": terminations,
+                "truncations": (rows == last) & ~terminations,
+            }
+        )
+    return episodes
+
+
+def write_minari(args: Args, dataset: Dataset, labels: np.ndarray, rewards: np.ndarray) -> None:
+    """A Minari dataset of the same episodes with all rewards of the first seed."""
+    is_label = np.isin(np.arange(len(dataset.rewards)), labels[0])
+    buffers = []
+    for episode in read_episodes(args, dataset):
+        rows = episode.pop("rows")
+        infos = {"labeled": is_label[rows]}
+        buffers.append(EpisodeBuffer(**episode, rewards=rewards[0, rows], infos=infos))
+    low, high = dataset.actions.min(axis=0), dataset.actions.max(axis=0)
+    obs_dim = dataset.observations.shape[1]
+    spaces = {
+        "observation_space": gym.spaces.Box(-np.inf, np.inf, (obs_dim,), np.float32),
+        "action_space": gym.spaces.Box(low, high, dtype=np.float32),
+    }
+    text = f"{dataset.name} with imputed rewards; infos/labeled marks the {labels.shape[1]} given"
+    references = {"ref_min_score": dataset.ref_min, "ref_max_score": dataset.ref_max}
+    try:
+        with warnings.catch_warnings(action="ignore"):  # of an author and others that nobody knows
+            made = minari.create_dataset_from_buffers(
+                args.output_minari_id, buffers, description=text, **spaces
+            )
+        if not np.isnan(dataset.ref_min):
+            made.storage.update_metadata(references)
+        spec = find_env_spec(dataset.env)
+        if spec:
+            made.storage.update_metadata({"env_spec": spec.to_json()})
+    except BaseException:
+        if args.output_minari_id in minari.list_local_datasets():  # a part of it
+            minari.delete_dataset(args.output_minari_id)
+        raise
+
+
+def find_env_spec(env: str | minari.MinariDataset | None) -> gym.envs.registration.EnvSpec | None:
+    """Of the dataset's simulator, without making it."""
+    if isinstance(env, minari.MinariDataset):
+        return env.env_spec
+    return gym.registry.get(env)
+
+
+# --- Run directory ---
+@contextmanager
+def replacing(path: Path):
+    """A file to write beside `path` that takes its place: a reader finds the old or the new."""
+    temporary = path.with_name(f"{path.name}.tmp")
     try:
         with open(temporary, "wb") as file:
-            file.write(content)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -331,287 +903,245 @@ def write_file(path: Path, content: bytes) -> None:
         temporary.unlink(missing_ok=True)
 
 
-# --- Report ---
-def fit(dataset: Dataset, labels: np.ndarray, seeds: range, args: Args, device: torch.device) -> tuple:
-    """Each seed's fitted model, its rewards (seeds, N), its MSE on the labels (seeds,), its losses (epochs, seeds)."""
-    model = RewardModel(dataset, seeds, args.reward_hidden_dim).to(device)
-    settings = args.reward_epochs, args.reward_learning_rate, args.reward_batch_size
-    losses = train_reward_model(model, dataset, labels, *settings)
-    rewards = impute_rewards(model, dataset, labels[:, :0])  # predicted for the labelled ones too, at first
-    true = np.stack([dataset.rewards[rows] for rows in labels])
-    train_mse = np.square(np.take_along_axis(rewards, labels, axis=1) - true).mean(axis=1)
-    np.put_along_axis(rewards, labels, true, axis=1)
-    return model, rewards, train_mse, losses
+def write_json(path: Path, content: dict) -> None:
+    text = json.dumps(content, default=str)  # a Path becomes its text
+    content = json.loads(text, parse_constant=lambda name: None)  # JSON knows no NaN: null
+    with replacing(path) as file:
+        file.write(json.dumps(content, indent=2).encode())
 
 
-def linear_regression(dataset: Dataset, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Rewards (seeds, N) by least squares on (s, a, 1), what any reward model has to beat, and MSE on the labels."""
-    rewards, train_mse = np.empty((len(labels), len(dataset.rewards)), np.float32), []
-    for predicted, rows in zip(rewards, labels):
-        columns = (dataset.observations[rows], dataset.actions[rows], np.ones((len(rows), 1), np.float32))
-        weights = np.linalg.lstsq(np.hstack(columns), dataset.rewards[rows], rcond=None)[0]
-        obs_dim = dataset.observations.shape[1]
-        predicted[:] = dataset.observations @ weights[:obs_dim] + dataset.actions @ weights[obs_dim:-1] + weights[-1]
-        train_mse.append(np.square(predicted[rows] - dataset.rewards[rows]).mean())
-        predicted[rows] = dataset.rewards[rows]
-    return rewards, np.array(train_mse)
-
-
-def table(rows: dict[str, list[str]], columns: list[str]) -> str:
-    """Right-aligned text columns under their names."""
-    width = max(map(len, rows))
-    lines = [[" " * width, *columns]] + [[name.ljust(width), *cells] for name, cells in rows.items()]
-    return "\n".join("  ".join([line[0], *(cell.rjust(20) for cell in line[1:])]) for line in lines)
-
-
-def mean_std(values: list) -> str:
-    values = np.array(values, float)  # None, what cannot be known, becomes NaN
-    return f"{values.mean():.4f} ± {values.std():.4f}" if np.isfinite(values).all() else "unknown"
-
-
-def picture(path: Path, figure: Figure) -> None:
-    figure.savefig(file := io.BytesIO(), format="png", dpi=150)
-    write_file(path, file.getvalue())
-
-
-def report_figure(dataset: Dataset, rewards: np.ndarray, labels: np.ndarray, r2: float | None, losses) -> Figure:
-    """Predicted against true rewards, one episode, the episodes' returns, the loss; all of the first seed but the loss."""
-    figure = Figure(figsize=(10, 8), layout="constrained")
-    (density, episode, scatter), loss = figure.subplots(2, 2).flat[:3], figure.axes[3]
-    imputed, hidden = rewards[0], np.setdiff1d(np.flatnonzero(~np.isnan(dataset.rewards)), labels[0])
-
-    true = dataset.rewards[hidden]
-    image = density.hexbin(true, imputed[hidden], gridsize=60, bins="log", cmap="cividis", mincnt=1, linewidths=0.1)
-    figure.colorbar(image, ax=density, label="transitions")
-    density.axline((true.mean(), true.mean()), slope=1, color="black", linewidth=0.8, linestyle="--")
-    density.set(xlabel="true reward", ylabel="predicted reward", title=f"{len(hidden):,} rewards not fitted to")
-    density.text(
-        0.03, 0.95, f"$R^2$ = {'unknown' if r2 is None else f'{r2:.3f}'}", transform=density.transAxes, va="top"
-    )
-
-    returns = np.bincount(dataset.episode_ids, weights=imputed)
-    middle = np.argsort(returns)[len(returns) // 2]  # the episode of median return
-    rows = np.flatnonzero(dataset.episode_ids == middle)[:150]
-    episode.plot(dataset.rewards[rows], color="black", linewidth=1.5, label="true")
-    episode.plot(imputed[rows], color="tab:orange", linewidth=1, label="imputed")
-    known = np.flatnonzero(np.isin(rows, labels[0]))
-    episode.plot(known, imputed[rows[known]], "o", color="tab:blue", markersize=5, label="labelled")
-    episode.set(xlabel="step", ylabel="reward", title=f"episode {middle}, its first {len(rows)} steps")
-    episode.margins(y=0.2)
-    episode.legend(loc="lower center", ncols=3)
-
-    true_returns = np.bincount(dataset.episode_ids, weights=dataset.rewards)  # NaN where a reward is unknown
-    if np.isfinite(true_returns).any():
-        scatter.plot(true_returns, returns, "o", color="tab:blue", markersize=3, alpha=0.6)
-        scatter.axline((np.nanmean(true_returns),) * 2, slope=1, color="black", linewidth=0.8, linestyle="--")
-        scatter.set(xlabel="true return", ylabel="imputed return", title=f"{len(returns):,} episodes")
-    else:
-        scatter.hist(returns, bins=50, color="tab:blue")
-        scatter.set(xlabel="imputed return", ylabel="episodes", title="returns (no true one is known)")
-
-    loss.semilogy(np.arange(1, len(losses) + 1), losses)
-    loss.set(xlabel="epoch", ylabel="MSE on the labels", title=f"loss of {losses.shape[1]} seeds")
-    return figure
-
-
-def sweep(dataset: Dataset, seeds: range, args: Args, device: torch.device, run_dir: Path) -> dict[str, list]:
-    """R2 against the number of labels, from 0.01% to 10% of the known rewards, as a table, sweep.csv and sweep.png."""
-    columns = ["fraction", "labels", "r2_mean", "r2_std", "mse_mean", "linear_r2_mean"]
-    found = []
-    for fraction in (0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1):
+def make_run_dir(run_dir: Path | None, name: str) -> Path:
+    """`run_dir`, or a new folder in runs/ that no other run has."""
+    if run_dir:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        for path in run_dir.glob("*.tmp"):  # left by a process that was killed
+            path.unlink()
+        return run_dir
+    run_dir = Path("runs") / f"{name.replace('/', '-')}__{int(time.time())}"
+    run_dir.parent.mkdir(exist_ok=True)
+    while True:
         try:
-            labels = split_labels(dataset.rewards, fraction, seeds)
-        except UserError as error:  # too few labels to fit anything
-            print(f"{fraction:.2%} skipped: {error}")
-            continue
-        quality = imputation_quality(fit(dataset, labels, seeds, args, device)[1], dataset, labels)
-        linear = imputation_quality(linear_regression(dataset, labels)[0], dataset, labels)
-        r2 = np.array(quality["r2"], float)
-        numbers = r2.mean(), r2.std(), np.mean(quality["mse"]), np.mean(np.array(linear["r2"], float))
-        found.append([fraction, labels.shape[1], *(float(number) for number in numbers)])
-        print(
-            f"{fraction:8.2%} {labels.shape[1]:10,} labels   R2 {r2.mean():7.4f} ± {r2.std():.4f}   MSE {numbers[2]:.4f}"
-        )
-        lines = [columns, *found]
-        write_file(run_dir / "sweep.csv", "".join(",".join(map(str, line)) + "\n" for line in lines).encode())
-    require(found, "no fraction of the sweep leaves enough labels")
-    figure = Figure(figsize=(5.5, 4), layout="constrained")
-    axes = figure.subplots()
-    _, counts, mean, std, _, linear = np.array(found).T
-    axes.errorbar(counts, mean, std, color="tab:blue", marker="o", capsize=3, label="reward model")
-    axes.plot(counts, linear, color="gray", marker="s", linestyle="--", label="linear regression")
-    axes.axhline(0.99, color="black", linewidth=0.8, linestyle=":", label="$R^2$ = 0.99")
-    axes.set(xscale="log", xlabel="labels", ylabel="$R^2$ on the hidden rewards", ylim=(min(-0.05, mean.min()), 1.02))
-    axes.legend(loc="lower right")
-    picture(run_dir / "sweep.png", figure)
-    return {column: list(values) for column, values in zip(columns, zip(*found))}
+            run_dir.mkdir()
+            return run_dir
+        except FileExistsError:  # another run of the same second
+            run_dir = run_dir.with_name(f"{run_dir.name}_")
 
 
-# --- Imputed dataset ---
-def write_hdf5(
-    source: Path, target: Path, model, dataset: Dataset, labels: np.ndarray, rewards: np.ndarray, notes: dict
-):
-    """A copy of the D4RL-schema file `source` with all rewards of the first seed, and the boolean column `labeled`.
-
-    Rows that the D4RL rule drops (timeouts and the last row) are predicted too; if every known reward serves as a label,
-    so does theirs.
-    """
-    content = io.BytesIO(source.read_bytes())  # in memory: HDF5 cannot recover from a disk that fills up under it
-    with h5py.File(content, "r+") as file:
-        old = file["rewards"].astype(np.float32)[()]
-        is_kept = np.append(file["timeouts"][:-1].reshape(-1) == 0, False)
-        kept, dropped = np.flatnonzero(is_kept), np.flatnonzero(~is_kept)
-        middle, half = (
-            (dataset.action_high + dataset.action_low) / 2,
-            (dataset.action_high - dataset.action_low) / 2,
-        )
-        rest = dataset._replace(
-            observations=file["observations"].astype(np.float32)[dropped],
-            actions=(file["actions"].astype(np.float32)[dropped] - middle) / half,
-            rewards=old.reshape(-1)[dropped],
-        )
-        all_known = labels.shape[1] == np.count_nonzero(~np.isnan(dataset.rewards))
-        known = np.flatnonzero(~np.isnan(rest.rewards) & all_known)
-        completed, labeled = np.empty(len(is_kept), np.float32), np.zeros(len(is_kept), bool)
-        completed[kept] = rewards[0]
-        completed[dropped] = impute_rewards(model, rest, np.tile(known, (len(labels), 1)))[0]
-        labeled[kept[labels[0]]] = labeled[dropped[known]] = True
-        for name, column in (("rewards", completed.reshape(old.shape)), ("labeled", labeled)):
-            file.pop(name, None)
-            file.create_dataset(name, data=column, compression="gzip")
-        file.attrs.update({f"imputation_{name}": json.dumps(value) for name, value in notes.items()})
-    write_file(target, content.getbuffer())
+def write_config(run_dir: Path, config: dict, resume: bool) -> None:
+    """config.json marks the directory as that of a run; two new runs cannot both make it."""
+    if not resume:
+        try:
+            open(run_dir / "config.json", "x").close()
+        except FileExistsError as error:
+            raise UserError(
+                f"{run_dir} already holds a run: --resume, or another --run-dir"
+            ) from error
+    write_json(run_dir / "config.json", config)
 
 
-def read_episodes(args: Args, dataset: Dataset) -> list[tuple]:
-    """Observations (T + 1, obs_dim), unscaled actions, terminations and truncations of each episode."""
-    if args.dataset_path is None and args.env_id not in SHA256:
-        episodes = minari.load_dataset(args.env_id).iterate_episodes()
-        return [(e.observations, e.actions, e.terminations, e.truncations) for e in episodes if len(e.actions)]
-    with h5py.File(args.dataset_path or find_file(args.env_id), "r") as file:
-        kept = np.flatnonzero(file["timeouts"][:-1].reshape(-1) == 0)
-        actions = file["actions"].astype(np.float32)[()][kept]
-        has_next = "next_observations" in file
-        finals = file["next_observations"].astype(np.float32)[()][kept] if has_next else dataset.next_observations
-    episodes = []
-    for rows in np.split(np.arange(len(kept)), np.flatnonzero(np.diff(dataset.episode_ids)) + 1):
-        last, terminations = rows[-1], dataset.terminals[rows] == 1
-        # After a termination the next row belongs to another episode: the last observation stands in for the final one.
-        final = dataset.observations[last] if terminations[-1] and not has_next else finals[last]
-        truncations = (rows == last) & ~terminations
-        episodes.append((np.vstack([dataset.observations[rows], final]), actions[rows], terminations, truncations))
-    return episodes
+# --- Speed ---
+def choose_device(name: str) -> torch.device:
+    if name == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    torch.cuda.set_stream(torch.cuda.Stream())  # nothing can be recorded on the default stream
+    warnings.filterwarnings("ignore", ".*capturable=True.*")  # not recorded at first, on purpose
+    return torch.device("cuda")
 
 
-def write_minari(args: Args, dataset: Dataset, labels: np.ndarray, rewards: np.ndarray) -> None:
-    """A Minari dataset of the same episodes with all rewards of the first seed, and `labeled` in the infos."""
-    labeled, buffers, start = np.isin(np.arange(len(dataset.rewards)), labels[0]), [], 0
-    for observations, actions, terminations, truncations in read_episodes(args, dataset):
-        rows = slice(start, start := start + len(actions))
-        columns = {"terminations": terminations, "truncations": truncations, "infos": {"labeled": labeled[rows]}}
-        buffers.append(EpisodeBuffer(observations=observations, actions=actions, rewards=rewards[0, rows], **columns))
-    references = (
-        {} if np.isnan(dataset.ref_min) else {"ref_min_score": dataset.ref_min, "ref_max_score": dataset.ref_max}
-    )
-    description = f"{args.env_id} with imputed rewards; infos/labeled marks the {labels.shape[1]} rewards that are not"
-    try:
-        with warnings.catch_warnings(action="ignore"):  # of the author and other fields that nobody here knows
-            minari.create_dataset_from_buffers(
-                args.output_minari_id, buffers, env=dataset.env_spec, description=description, **references
-            )
-    except BaseException:
-        if args.output_minari_id in minari.list_local_datasets():  # a part of it
-            minari.delete_dataset(args.output_minari_id)
-        raise
+def choose_precision(name: str, device: torch.device, state: dict | None) -> str:
+    """The fastest setting of torch under which a float32 product is one; a resumed run keeps its."""
+    capabilities = torch.cpu.get_capabilities()
+    # On x86, medium hands products to oneDNN, which rounds to bfloat16 only where there is AMX.
+    is_x86 = capabilities.get("architecture") == "x86_64"
+    exact = device.type == "cpu" and is_x86 and not capabilities.get("amx_bf16", True)
+    if name != "auto":
+        return name
+    if state is None:
+        return "medium" if exact else "highest"
+    before = state["config"]["matmul_precision"]
+    keeps = before == "highest" or exact or state["config"]["device"] != "cpu"
+    require(keeps, f"--matmul-precision {before} was float32 where the run began, but is not here")
+    return before
 
 
-# --- The report, the model and the dataset ---
-def check_settings(args: Args) -> None:
-    """Raise UserError for values that no run can have, before anything is fitted."""
-    for name, value in vars(args).items():
-        least = 1 if type(value) is int and name != "seed" else 0
-        fine = type(value) not in (int, float) or least <= value < np.inf
-        require(fine, f"--{name.replace('_', '-')} cannot be {value}")
-    fraction = 1 if args.label_fraction is None else args.label_fraction
-    require(0 < fraction <= 1, "--label-fraction must be above 0 and at most 1")
-    require(args.device != "cuda" or torch.cuda.is_available(), "--device cuda: there is no usable GPU here")
+def choose_compile(choice: str, num_updates: int) -> bool:
+    """Whether to compile; half a minute is won back after some 50,000 updates."""
+    compiler = shutil.which(os.environ.get("CXX", "g++"))
+    return choice == "on" or (choice == "auto" and num_updates >= 50_000 and compiler is not None)
+
+
+def set_speed(precision: str, compiled: bool) -> None:
+    torch.set_float32_matmul_precision(precision)
+    use_functions(compiled)
+
+
+EAGER = {f.__name__: f for f in (gather, reward_backward)}
+
+
+def use_functions(compiled: bool) -> None:
+    """Let this file call the functions of EAGER as they are, or compiled: equal up to rounding."""
+    torch._dynamo.config.trace_autograd_ops = True  # private: lets compiled code call backward()
+    for name, function in EAGER.items():
+        globals()[name] = compile_function(function) if compiled else function
+
+
+def compile_function(function):
+    compiled = torch.compile(function, fullgraph=True, dynamic=False)
+
+    def call(*inputs):
+        try:
+            return compiled(*inputs)
+        except (RuntimeError, OSError) as error:  # a compiler can fail in many ways
+            use_functions(compiled=False)
+            reason = " ".join(str(error).split())[:200]
+            tqdm.write(f"warning: cannot compile, going on without: {reason}", file=sys.stderr)
+            return function(*inputs)
+
+    return call
+
+
+def repeat(step, generators: list[torch.Generator], recorded: bool):
+    """Each next() makes one step and yields what it returns; `recorded`, by replaying a CUDA graph.
+
+    A replay runs the hundred kernels of a step on the same memory in one launch. The generators
+    that a step draws from are registered with the graph, which moves them on at each replay."""
+    if not recorded:
+        while True:
+            yield step()
+
+    for _ in range(10):  # real steps: Adam makes its state, the compiler its kernels
+        yield step()
+    graph = torch.cuda.CUDAGraph()
+    for generator in generators:
+        graph.register_generator_state(generator)
+    with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
+        result = step()  # is recorded, computes nothing
+    while True:
+        graph.replay()
+        yield result
+
+
+# --- The experiment ---
+def check_arguments(args: Args) -> None:
+    """Everything that can be wrong with a command, before anything is fitted."""
+    require(0 <= args.seed, "--seed must be 0 or more")
+    require(0 < args.num_seeds, "--num-seeds must be at least 1")
+    check_shared_arguments(args)
     held = args.run_dir and (args.run_dir / "config.json").exists()
     require(not held, f"{args.run_dir} already holds a run: choose another --run-dir")
     if args.output_path:
-        require(not args.output_path.exists(), f"--output-path {args.output_path} exists already")
-        hdf5 = args.dataset_path or args.env_id in SHA256
-        require(hdf5, "--output-path needs an HDF5 source; for a Minari dataset there is --output-minari-id")
+        exists = args.output_path.exists()
+        require(not exists, f"--output-path {args.output_path} exists already")
+        folder = args.output_path.absolute().parent
+        require(folder.is_dir(), f"--output-path {args.output_path}: there is no folder {folder}")
+        hdf5 = args.dataset_path or args.env_id is None or args.env_id in SHA256
+        require(hdf5, "--output-path needs an HDF5 source: for Minari there is --output-minari-id")
     if args.output_minari_id:
         try:
             parse_dataset_id(args.output_minari_id)
         except (ValueError, TypeError) as error:  # TypeError: no version
-            raise UserError(f"--output-minari-id {args.output_minari_id} is not of the form my/name-v0") from error
+            message = f"--output-minari-id {args.output_minari_id} is not of the form my/name-v0"
+            raise UserError(message) from error
         exists = args.output_minari_id in minari.list_local_datasets()
         require(not exists, f"--output-minari-id {args.output_minari_id} exists already")
 
 
+def check_shared_arguments(args) -> None:
+    fraction = args.label_fraction
+    require(fraction is None or 0 < fraction <= 1, "--label-fraction must be in (0, 1]")
+    require(0 < args.reward_hidden_dim, "--reward-hidden-dim must be at least 1")
+    require(0 < args.reward_epochs, "--reward-epochs must be at least 1")
+    require(0 < args.reward_learning_rate < math.inf, "--reward-learning-rate must be above 0")
+    require(0 < args.reward_batch_size, "--reward-batch-size must be at least 1")
+    no_gpu = args.device == "cuda" and not torch.cuda.is_available()
+    require(not no_gpu, "--device cuda: there is no usable GPU here")
+
+
+def hold_out(labels: np.ndarray, seeds: range) -> np.ndarray:
+    """Four fifths of each seed's labels, where there is no other reward to judge on."""
+    count = int(0.8 * labels.shape[1])
+    draws = [np.random.default_rng(s).permutation(rows)[:count] for s, rows in zip(seeds, labels)]
+    return np.sort(draws, axis=1)
+
+
 def main(args: Args) -> None:
-    check_settings(args)
-    config = json.loads(json.dumps(vars(args), default=str))
-    name = f"{args.env_id.replace('/', '-')}__{Path(__file__).stem}__{args.seed}__{int(time.time())}"
-    run_dir = args.run_dir or Path("runs") / name
-    device = torch.device(args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
+    check_arguments(args)
     seeds = range(args.seed, args.seed + args.num_seeds)
-    dataset = load_dataset(args.env_id, args.dataset_path, args.eval_env_id)
-    labels = split_labels(dataset.rewards, args.label_fraction, seeds)  # (seeds, labels)
-    run_dir.mkdir(parents=True, exist_ok=True)
-    write_file(run_dir / "config.json", json.dumps(config, indent=2).encode())
-    num_episodes, num_known = dataset.episode_ids[-1] + 1, np.count_nonzero(~np.isnan(dataset.rewards))
-    print(f"dataset       {args.env_id}: {len(dataset.rewards):,} transitions, {num_episodes:,} episodes")
-    print(f"labels        {labels.shape[1]:,} of {num_known:,} known rewards for each of {len(seeds)} seeds")
+    device = choose_device(args.device)
 
-    # The report, on the hidden rewards; where there are none, on a fifth of the labels that is not fitted to.
+    # 1. The transitions, and the few of each seed whose reward may be seen.
+    dataset = load_dataset(args.env_id, args.dataset_path)
+    labels = split_labels(dataset.rewards, args.label_fraction, seeds)
+    num_known = np.count_nonzero(~np.isnan(dataset.rewards))
+    num_episodes = dataset.episode_ids[-1] + 1
     fitted_to, judged_on = labels, "the hidden rewards"
-    if labels.shape[1] == num_known:
-        generators = [np.random.default_rng(seed) for seed in seeds]
-        count = int(0.8 * labels.shape[1])
-        fitted_to = np.sort([rng.permutation(rows)[:count] for rng, rows in zip(generators, labels)])
+    if labels.shape[1] == num_known:  # nothing is hidden
+        fitted_to = hold_out(labels, seeds)
         judged_on = "20% of the labels, held out; the model written is then fitted to all labels"
-    model, rewards, train_mse, losses = fit(dataset, fitted_to, seeds, args, device)
-    quality = {"train_mse": train_mse.tolist()} | imputation_quality(rewards, dataset, fitted_to)
-    linear_rewards, linear_mse = linear_regression(dataset, fitted_to)
-    linear = {"train_mse": linear_mse.tolist()} | imputation_quality(linear_rewards, dataset, fitted_to)
-    rows = {name: [mean_std(values) for values in by.values()] for name, by in
-            (("reward model", quality), ("linear regression", linear))}  # fmt: skip
-    print(f"judged on     {judged_on}\n\n{table(rows, ['train MSE', 'R2', 'MSE', 'MAE', 'return correlation'])}\n")
-    figure = report_figure(dataset, rewards, fitted_to, quality["r2"][0], losses)
-    picture(run_dir / "report.png", figure)
-    result = {
-        "num_labels": labels.shape[1],
-        "judged_on": judged_on,
-        "reward_model": quality,
-        "linear_regression": linear,
-    }
-    result |= {"losses": losses.tolist(), "versions": {m.__name__: m.__version__ for m in (torch, np, gym, minari)}}
-    if args.sweep:
-        result |= {"sweep": sweep(dataset, seeds, args, device, run_dir)}
-    write_file(run_dir / "result.json", json.dumps(result, indent=2).encode())
+    print(
+        f"dataset       {dataset.name}: {len(dataset.rewards):,} transitions, {num_episodes:,} episodes"
+    )
+    print(f"labels        {labels.shape[1]:,} of {num_known:,} known rewards, {len(seeds)} seed(s)")
+    num_steps = args.reward_epochs * math.ceil(labels.shape[1] / args.reward_batch_size)
+    precision = choose_precision(args.matmul_precision, device, None)
+    set_speed(precision, choose_compile(args.compile, num_steps))
+    run_dir = make_run_dir(args.run_dir, f"{dataset.name}__reward_model__{args.seed}")
+    write_config(run_dir, json.loads(json.dumps(asdict(args), default=str)), resume=False)
 
-    # The model, fitted to all labels, and the dataset with the rewards of its first seed.
+    # 2. The models, fitted to the same labels, and 3. how good they are.
+    quality, calibration = {}, None
+    for kind in ("mlp", "gp", "linear"):
+        model, predicted = fit_and_predict(kind, dataset, fitted_to, seeds, args, device)
+        quality[kind] = judge(predicted, dataset, fitted_to)
+        if kind == args.reward_model:
+            reward_model, chosen = model, predicted
+    print(f"judged on     {judged_on}")
+    print_quality(quality)
+    if args.reward_model == "gp":
+        calibration = calibrate(reward_model, chosen, dataset, fitted_to)
+        print(
+            f"calibration   {calibration['inside']:.1%} of hidden rewards within ± 2 std (95% is right)"
+        )
+    figure = report_figure(dataset, args.reward_model, chosen, fitted_to, quality, calibration)
+    save_picture(run_dir / "report.png", figure)
+    result = {"num_labels": labels.shape[1], "judged_on": judged_on, "quality": quality}
+    result["reward_model"] = args.reward_model
+    result["inside_2_std"] = calibration["inside"] if calibration else None
+    if args.sweep:
+        result["sweep"] = sweep(dataset, seeds, args, device, run_dir)
+    result["versions"] = {m.__name__: m.__version__ for m in (torch, np, gym, minari)}
+    write_json(run_dir / "result.json", result)
+
+    # 4. The model, fitted to all labels, and the dataset with the rewards of its first seed.
     if fitted_to is not labels:
-        model, rewards, _, _ = fit(dataset, labels, seeds, args, device)
-    arrays = {"mean": model.mean[:, 0], "std": model.std[:, 0]}
-    for i, layer in enumerate(model.mlp[::2]):
-        arrays |= {f"w{i}": layer.weight, f"b{i}": layer.bias[:, 0]}
-    np.savez(file := io.BytesIO(), **{name: tensor.detach().cpu().numpy() for name, tensor in arrays.items()})
-    write_file(run_dir / "reward_model.npz", file.getvalue())
+        reward_model, _ = fit_and_predict(args.reward_model, dataset, labels, seeds, args, device)
+    rewards = impute_rewards(reward_model, dataset, labels)
+    state = {
+        name.removeprefix("model."): x.cpu().numpy()
+        for name, x in reward_model.state_dict().items()
+    }
+    with replacing(run_dir / "reward_model.npz") as file:
+        np.savez(file, **state)
     if args.output_path:
-        source = args.dataset_path or find_file(args.env_id)
-        notes = {"quality": quality, "judged_on": judged_on, "settings": config}
-        write_hdf5(source, args.output_path, model, dataset, labels, rewards, notes)
-        print(f"dataset       {args.output_path}, {labels.shape[1]:,} rewards labelled, all others imputed")
+        source = args.dataset_path or find_file(dataset.name)
+        follow_d4rl = args.dataset_path is None
+        columns = complete_rows(source, follow_d4rl, reward_model, dataset, labels, rewards)
+        notes = {"quality": quality, "judged_on": judged_on, "settings": asdict(args)}
+        write_hdf5(source, args.output_path, columns, notes)
+        print(
+            f"dataset       {args.output_path}, {labels.shape[1]:,} rewards given, all others imputed"
+        )
     if args.output_minari_id:
         write_minari(args, dataset, labels, rewards)
-        print(f"dataset       {args.output_minari_id}, {labels.shape[1]:,} rewards labelled, all others imputed")
-    print(f"result        R2 {mean_std(quality['r2'])} over {len(seeds)} seeds, in {run_dir}")
+        print(
+            f"dataset       {args.output_minari_id}, {labels.shape[1]:,} rewards given, all others imputed"
+        )
+    print(f"result        R2 {mean_std(quality[args.reward_model]['r2'])}, in {run_dir}")
 
 
 if __name__ == "__main__":
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(line_buffering=True, errors="replace")  # in a file, in any locale
     try:
         main(tyro.cli(Args, description=__doc__))
     except KeyboardInterrupt:
