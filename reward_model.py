@@ -57,9 +57,7 @@ class Args:
     # Data
 
     env_id: str | None = None  # a D4RL name or a Minari id (none: the bundled dataset)
-    dataset_path: Path | None = (
-        None  # a D4RL-schema HDF5 file; env_id is then its simulator, if any
-    )
+    dataset_path: Path | None = None  # a D4RL-schema HDF5 file; env_id is its simulator, if any
 
     # Rewards
 
@@ -76,9 +74,7 @@ class Args:
     seed: int = 0  # the first seed
     num_seeds: int = 1  # seeds fitted at once, each to labels of its own: seed, seed + 1, ...
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto takes the GPU if there is one
-    compile: Literal["auto", "on", "off"] = (
-        "auto"  # compile losses; auto: if the run is long enough
-    )
+    compile: Literal["auto", "on", "off"] = "auto"  # compile losses; auto: if that saves time
     matmul_precision: Literal["auto", "highest", "high", "medium"] = "auto"  # auto: fastest float32
     cuda_graph: bool = True  # on a GPU, record an update as a CUDA graph and replay it
 
@@ -117,7 +113,7 @@ class Dataset(NamedTuple):
 
 
 class BatchedLinear(nn.Module):
-    """nn.Linear once per seed, in one product: (seeds, batch, in_dim) -> (seeds, batch, out_dim)."""
+    """nn.Linear once per seed, all in one product: (seeds, batch, in_dim) -> (..., out_dim)."""
 
     def __init__(self, in_dim: int, out_dim: int, generators: list[torch.Generator]):
         super().__init__()
@@ -229,7 +225,7 @@ class GaussianProcess(nn.Module):
         return torch.linalg.cholesky(self.kernel(x, x) + noise * torch.eye(x.shape[1]).to(x))
 
     def fit(self, observations, actions, rewards) -> None:
-        """Labels, (seeds, labels, ...): first the parameters that explain them best, then (2.25)."""
+        """Find the parameters that explain the labels best, then the weights (2.25)."""
         x, y = self.inputs(observations, actions), rewards.double().unsqueeze(-1)
         spread = torch.linspace(0, x.shape[1] - 1, self.x.shape[1]).long()
         x, y = x[:, spread], y[:, spread]
@@ -462,7 +458,8 @@ def report_figure(dataset, kind: str, predicted, labels, quality: dict, calibrat
     draw_returns(panels[1, 0], dataset, imputed)
     means = [np.mean(numbers["r2"]) for numbers in quality.values()]
     stds = [np.std(numbers["r2"]) for numbers in quality.values()]
-    panels[1, 1].bar(list(quality), means, yerr=stds, capsize=4, color="tab:blue")
+    bars = panels[1, 1].bar(list(quality), means, yerr=stds, capsize=4, color="tab:blue")
+    panels[1, 1].bar_label(bars, fmt="%.3f", label_type="center", color="white")
     panels[1, 1].set(ylabel="$R^2$ on the hidden rewards", ylim=(min(0, *means), 1.02))
     panels[1, 1].set_title(f"the same {labels.shape[1]:,} labels, {len(labels)} seed(s)")
     return figure
@@ -605,7 +602,7 @@ def load_dataset(env_id: str | None = None, dataset_path: Path | None = None) ->
 
 
 def find_task(env_id: str | None) -> tuple[str | None, float, float]:
-    """Simulator and reference returns for one's own file: of a D4RL name, else of a Gymnasium id."""
+    """Simulator and reference returns of one's own file, by a D4RL name or a Gymnasium id."""
     no_references = (env_id, np.nan, np.nan)
     if env_id is None or env_id in gym.registry:
         return no_references
@@ -949,7 +946,7 @@ def choose_device(name: str) -> torch.device:
 
 
 def choose_precision(name: str, device: torch.device, state: dict | None) -> str:
-    """The fastest setting of torch under which a float32 product is one; a resumed run keeps its."""
+    """torch's fastest setting under which a float32 product is one; a resumed run keeps its own."""
     capabilities = torch.cpu.get_capabilities()
     # On x86, medium hands products to oneDNN, which rounds to bfloat16 only where there is AMX.
     is_x86 = capabilities.get("architecture") == "x86_64"
@@ -1059,7 +1056,7 @@ def check_shared_arguments(args) -> None:
 
 def hold_out(labels: np.ndarray, seeds: range) -> np.ndarray:
     """Four fifths of each seed's labels, where there is no other reward to judge on."""
-    count = int(0.8 * labels.shape[1])
+    count = max(1, int(0.8 * labels.shape[1]))
     draws = [np.random.default_rng(s).permutation(rows)[:count] for s, rows in zip(seeds, labels)]
     return np.sort(draws, axis=1)
 
@@ -1078,9 +1075,8 @@ def main(args: Args) -> None:
     if labels.shape[1] == num_known:  # nothing is hidden
         fitted_to = hold_out(labels, seeds)
         judged_on = "20% of the labels, held out; the model written is then fitted to all labels"
-    print(
-        f"dataset       {dataset.name}: {len(dataset.rewards):,} transitions, {num_episodes:,} episodes"
-    )
+    num_rows = len(dataset.rewards)
+    print(f"dataset       {dataset.name}: {num_rows:,} transitions, {num_episodes:,} episodes")
     print(f"labels        {labels.shape[1]:,} of {num_known:,} known rewards, {len(seeds)} seed(s)")
     num_steps = args.reward_epochs * math.ceil(labels.shape[1] / args.reward_batch_size)
     precision = choose_precision(args.matmul_precision, device, None)
@@ -1099,9 +1095,8 @@ def main(args: Args) -> None:
     print_quality(quality)
     if args.reward_model == "gp":
         calibration = calibrate(reward_model, chosen, dataset, fitted_to)
-        print(
-            f"calibration   {calibration['inside']:.1%} of hidden rewards within ± 2 std (95% is right)"
-        )
+        inside = f"{calibration['inside']:.1%}"
+        print(f"calibration   {inside} of the hidden rewards are within ± 2 std (should be 95%)")
     figure = report_figure(dataset, args.reward_model, chosen, fitted_to, quality, calibration)
     save_picture(run_dir / "report.png", figure)
     result = {"num_labels": labels.shape[1], "judged_on": judged_on, "quality": quality}
@@ -1128,13 +1123,11 @@ def main(args: Args) -> None:
         columns = complete_rows(source, follow_d4rl, reward_model, dataset, labels, rewards)
         notes = {"quality": quality, "judged_on": judged_on, "settings": asdict(args)}
         write_hdf5(source, args.output_path, columns, notes)
-        print(
-            f"dataset       {args.output_path}, {labels.shape[1]:,} rewards given, all others imputed"
-        )
+        print(f"written       {args.output_path}: {labels.shape[1]:,} labels, all else imputed")
     if args.output_minari_id:
         write_minari(args, dataset, labels, rewards)
         print(
-            f"dataset       {args.output_minari_id}, {labels.shape[1]:,} rewards given, all others imputed"
+            f"written       {args.output_minari_id}: {labels.shape[1]:,} labels, all else imputed"
         )
     print(f"result        R2 {mean_std(quality[args.reward_model]['r2'])}, in {run_dir}")
 

@@ -61,9 +61,7 @@ class Args:
     # Data
 
     env_id: str | None = None  # a D4RL name or a Minari id (none: the bundled dataset)
-    dataset_path: Path | None = (
-        None  # a D4RL-schema HDF5 file; env_id is then its simulator, if any
-    )
+    dataset_path: Path | None = None  # a D4RL-schema HDF5 file; env_id is its simulator, if any
     eval_env_id: str | None = None  # Gymnasium environment to evaluate in, if another
 
     # Rewards
@@ -96,9 +94,7 @@ class Args:
     seed: int = 0  # the first seed
     num_seeds: int = 1  # seeds trained at once: seed, seed + 1, ...
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto takes the GPU if there is one
-    compile: Literal["auto", "on", "off"] = (
-        "auto"  # compile losses; auto: if the run is long enough
-    )
+    compile: Literal["auto", "on", "off"] = "auto"  # compile losses; auto: if that saves time
     matmul_precision: Literal["auto", "highest", "high", "medium"] = "auto"  # auto: fastest float32
     cuda_graph: bool = True  # on a GPU, record an update as a CUDA graph and replay it
 
@@ -139,7 +135,7 @@ class Dataset(NamedTuple):
 
 
 class BatchedLinear(nn.Module):
-    """nn.Linear once per seed, in one product: (seeds, batch, in_dim) -> (seeds, batch, out_dim)."""
+    """nn.Linear once per seed, all in one product: (seeds, batch, in_dim) -> (..., out_dim)."""
 
     def __init__(self, in_dim: int, out_dim: int, generators: list[torch.Generator]):
         super().__init__()
@@ -251,7 +247,7 @@ class GaussianProcess(nn.Module):
         return torch.linalg.cholesky(self.kernel(x, x) + noise * torch.eye(x.shape[1]).to(x))
 
     def fit(self, observations, actions, rewards) -> None:
-        """Labels, (seeds, labels, ...): first the parameters that explain them best, then (2.25)."""
+        """Find the parameters that explain the labels best, then the weights (2.25)."""
         x, y = self.inputs(observations, actions), rewards.double().unsqueeze(-1)
         spread = torch.linspace(0, x.shape[1] - 1, self.x.shape[1]).long()
         x, y = x[:, spread], y[:, spread]
@@ -596,7 +592,7 @@ def load_dataset(env_id: str | None = None, dataset_path: Path | None = None) ->
 
 
 def find_task(env_id: str | None) -> tuple[str | None, float, float]:
-    """Simulator and reference returns for one's own file: of a D4RL name, else of a Gymnasium id."""
+    """Simulator and reference returns of one's own file, by a D4RL name or a Gymnasium id."""
     no_references = (env_id, np.nan, np.nan)
     if env_id is None or env_id in gym.registry:
         return no_references
@@ -792,7 +788,7 @@ class Task(NamedTuple):
 
 
 def make_task(dataset: Dataset, eval_env_id: str | None) -> Task:
-    """Try the simulator for a step, and hold it against the dataset; UserError if it is no match."""
+    """Try the simulator for a step, hold it against the dataset; UserError if it is no match."""
     env_id = eval_env_id or dataset.env
     if env_id is None:
         return Task(None, dataset.actions.min(axis=0), dataset.actions.max(axis=0))
@@ -1069,7 +1065,8 @@ def log_losses(tracker, num_updates: int, losses: dict, speed: float) -> None:
 
 def leave(number: int, num_updates: int, run_dir: Path, is_resumed: bool) -> None:
     """End a run that a signal stopped, with the command that goes on."""
-    more = [] if is_resumed else ["--run-dir", str(run_dir), "--resume"]
+    more = [] if "--run-dir" in sys.argv else ["--run-dir", str(run_dir)]
+    more += [] if is_resumed else ["--resume"]
     command = shlex.join([sys.executable, *sys.argv, *more])
     tqdm.write(f"stopped at {num_updates:,}; go on with: {command}")
     sys.exit(128 + number)
@@ -1111,7 +1108,7 @@ def choose_device(name: str) -> torch.device:
 
 
 def choose_precision(name: str, device: torch.device, state: dict | None) -> str:
-    """The fastest setting of torch under which a float32 product is one; a resumed run keeps its."""
+    """torch's fastest setting under which a float32 product is one; a resumed run keeps its own."""
     capabilities = torch.cpu.get_capabilities()
     # On x86, medium hands products to oneDNN, which rounds to bfloat16 only where there is AMX.
     is_x86 = capabilities.get("architecture") == "x86_64"
@@ -1273,7 +1270,7 @@ def print_header(dataset: Dataset, labels: np.ndarray, task: Task, config: dict)
     kind = config["rewards"]
     print(f"rewards       {kind}, {labels.shape[1]:,} labelled, {len(labels)} seed(s)")
     if task.env_spec is None:
-        low, high = task.low.tolist(), task.high.tolist()
+        low, high = task.low.round(4).tolist(), task.high.round(4).tolist()
         print(
             f"evaluation    none (no environment); the log's actions lie between {low} and {high}"
         )

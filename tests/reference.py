@@ -1,124 +1,187 @@
-"""The slow, obvious versions of both algorithms: one seed, one nn.Sequential a network, a loop over parameters.
+"""TD3+BC and IQL the slow, obvious way: one seed, an nn.Sequential for a network, nothing clever.
 
-The tests compare the scripts' `update` with these, and the speed is measured against them.
+The tests hold the scripts' `update` against these, and speed is measured against them.
 """
 
-import copy
 import math
+from copy import deepcopy
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 
-def mlp(in_dim, out_dim):
-    return nn.Sequential(nn.Linear(in_dim, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, out_dim))
+def make_mlp(in_dim, out_dim):
+    return nn.Sequential(
+        nn.Linear(in_dim, 256),
+        nn.ReLU(),
+        nn.Linear(256, 256),
+        nn.ReLU(),
+        nn.Linear(256, out_dim),
+    )
 
 
-def copy_model(batched, sequential, model):
-    """Model number `model` of a Network's stack of layers into an nn.Sequential of nn.Linear."""
-    for source, target in zip(batched[::2], sequential[::2]):
-        target.weight.data = source.weight.data[model].T.clone()
-        target.bias.data = source.bias.data[model, 0].clone()
+def make_optimizer(*networks):
+    parameters = []
+    for network in networks:
+        parameters += network.parameters()
+    return torch.optim.Adam(parameters, lr=3e-4)
 
 
-def largest_difference(batched, sequential, model):
-    """Largest absolute, and largest relative (in the norm of a tensor) difference of two networks' parameters."""
-    absolute = relative = 0.0
-    for ours, theirs in zip(batched[::2], sequential[::2]):
-        for a, b in ((ours.weight[model].T, theirs.weight), (ours.bias[model, 0], theirs.bias)):
-            absolute = max(absolute, (a - b).abs().max().item())
-            relative = max(relative, ((a - b).norm() / b.norm()).item())
-    return absolute, relative
+def descend(loss, optimizer):
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+
+
+def move_target(target, network):
+    for target_parameter, parameter in zip(target.parameters(), network.parameters()):
+        target_parameter.data = 0.005 * parameter.data + 0.995 * target_parameter.data
 
 
 class TD3BC:
-    """Fujimoto & Gu (2021), one seed."""
+    """Fujimoto & Gu (2021), with their parameters."""
 
-    def __init__(self, obs_dim, act_dim, mean, std, alpha=2.5, learning_rate=3e-4):
-        self.actor, self.q1, self.q2 = mlp(obs_dim, act_dim), mlp(obs_dim + act_dim, 1), mlp(obs_dim + act_dim, 1)
-        self.mean, self.std, self.alpha, self.learning_rate, self.num_updates = mean, std, alpha, learning_rate, 0
+    def __init__(self, obs_dim, act_dim, mean, std, alpha=2.5):
+        self.mean = mean  # of the observations that the agent may see
+        self.std = std
+        self.alpha = alpha
+        self.actor = make_mlp(obs_dim, act_dim)
+        self.q1 = make_mlp(obs_dim + act_dim, 1)
+        self.q2 = make_mlp(obs_dim + act_dim, 1)
+        self.num_updates = 0
 
     def start(self):
         """Targets and optimizers for the networks as they are now."""
-        self.networks = (self.actor, self.q1, self.q2)
-        self.actor_target, self.q1_target, self.q2_target = (copy.deepcopy(network) for network in self.networks)
-        self.actor_optimizer = torch.optim.Adam(self.actor.parameters(), lr=self.learning_rate)
-        critics = [*self.q1.parameters(), *self.q2.parameters()]
-        self.critic_optimizer = torch.optim.Adam(critics, lr=self.learning_rate)
+        self.actor_target = deepcopy(self.actor)
+        self.q1_target = deepcopy(self.q1)
+        self.q2_target = deepcopy(self.q2)
+        self.actor_optimizer = make_optimizer(self.actor)
+        self.q_optimizer = make_optimizer(self.q1, self.q2)
 
-    def update(self, s, a, r, s2, done, noise):
+    def update(self, observations, actions, rewards, next_observations, terminals, noise):
+        """One of the critics; every second one also of the actor and of all targets."""
         self.num_updates += 1
-        s, s2 = (s - self.mean) / self.std, (s2 - self.mean) / self.std
+        observations = (observations - self.mean) / self.std
+        next_observations = (next_observations - self.mean) / self.std
+        noise = torch.clamp(0.2 * noise, -0.5, 0.5)
+        self.update_critics(observations, actions, rewards, next_observations, terminals, noise)
+        if self.num_updates % 2 == 0:
+            self.update_actor(observations, actions)
+            move_target(self.actor_target, self.actor)
+            move_target(self.q1_target, self.q1)
+            move_target(self.q2_target, self.q2)
+
+    def update_critics(self, observations, actions, rewards, next_observations, terminals, noise):
         with torch.no_grad():
-            a2 = torch.tanh(self.actor_target(s2)) + torch.clamp(0.2 * noise, -0.5, 0.5)
-            sa2 = torch.cat([s2, torch.clamp(a2, -1, 1)], 1)
-            q_next = torch.min(self.q1_target(sa2), self.q2_target(sa2))[:, 0]
-            y = r + 0.99 * (1 - done) * q_next
-        sa = torch.cat([s, a], 1)
-        loss = nn.functional.mse_loss(self.q1(sa)[:, 0], y) + nn.functional.mse_loss(self.q2(sa)[:, 0], y)
-        self.critic_optimizer.zero_grad()
-        loss.backward()
-        self.critic_optimizer.step()
-        if self.num_updates % 2:
-            return
-        pi = torch.tanh(self.actor(s))
-        q = self.q1(torch.cat([s, pi], 1))
-        loss = -self.alpha / q.abs().mean().detach() * q.mean() + nn.functional.mse_loss(pi, a)
-        self.actor_optimizer.zero_grad()
-        loss.backward()
-        self.actor_optimizer.step()
-        targets = (self.actor_target, self.q1_target, self.q2_target)
-        for network, target in zip(self.networks, targets):
-            for p, p_target in zip(network.parameters(), target.parameters()):
-                p_target.data = 0.005 * p.data + 0.995 * p_target.data
+            next_actions = torch.tanh(self.actor_target(next_observations)) + noise
+            next_actions = torch.clamp(next_actions, -1, 1)
+            next_inputs = torch.cat([next_observations, next_actions], dim=1)
+            next_q1 = self.q1_target(next_inputs)[:, 0]
+            next_q2 = self.q2_target(next_inputs)[:, 0]
+            target = rewards + 0.99 * (1 - terminals) * torch.min(next_q1, next_q2)
+        inputs = torch.cat([observations, actions], dim=1)
+        q1_loss = F.mse_loss(self.q1(inputs)[:, 0], target)
+        q2_loss = F.mse_loss(self.q2(inputs)[:, 0], target)
+        descend(q1_loss + q2_loss, self.q_optimizer)
+
+    def update_actor(self, observations, actions):
+        policy = torch.tanh(self.actor(observations))
+        q = self.q1(torch.cat([observations, policy], dim=1))
+        lambda_ = self.alpha / q.abs().mean().detach()
+        loss = -lambda_ * q.mean() + F.mse_loss(policy, actions)
+        descend(loss, self.actor_optimizer)
 
 
 class IQL:
-    """Kostrikov et al. (2022), one seed, its locomotion parameters."""
+    """Kostrikov et al. (2022), with their parameters for locomotion."""
 
-    def __init__(self, obs_dim, act_dim, num_updates, learning_rate=3e-4):
-        self.actor, self.value = mlp(obs_dim, act_dim), mlp(obs_dim, 1)
-        self.q1, self.q2 = mlp(obs_dim + act_dim, 1), mlp(obs_dim + act_dim, 1)
-        self.log_std = nn.Parameter(torch.zeros(act_dim))
-        self.total, self.learning_rate, self.num_updates = num_updates, learning_rate, 0
+    def __init__(self, obs_dim, act_dim, total_updates):
+        self.actor = make_mlp(obs_dim, act_dim)
+        self.actor.log_std = nn.Parameter(torch.zeros(act_dim))
+        self.value = make_mlp(obs_dim, 1)
+        self.q1 = make_mlp(obs_dim + act_dim, 1)
+        self.q2 = make_mlp(obs_dim + act_dim, 1)
+        self.total_updates = total_updates
+        self.num_updates = 0
 
     def start(self):
-        self.q1_target, self.q2_target = copy.deepcopy(self.q1), copy.deepcopy(self.q2)
-        self.actor_optimizer = torch.optim.Adam([*self.actor.parameters(), self.log_std], lr=self.learning_rate)
-        self.value_optimizer = torch.optim.Adam(self.value.parameters(), lr=self.learning_rate)
-        critics = [*self.q1.parameters(), *self.q2.parameters()]
-        self.critic_optimizer = torch.optim.Adam(critics, lr=self.learning_rate)
+        """Targets and optimizers for the networks as they are now."""
+        self.q1_target = deepcopy(self.q1)
+        self.q2_target = deepcopy(self.q2)
+        self.actor_optimizer = make_optimizer(self.actor)
+        self.value_optimizer = make_optimizer(self.value)
+        self.q_optimizer = make_optimizer(self.q1, self.q2)
 
-    def update(self, s, a, r, s2, done):
-        sa = torch.cat([s, a], 1)
+    def update(self, observations, actions, rewards, next_observations, terminals):
+        """V, then the actor and the critics, which both use the updated V; then the targets."""
+        inputs = torch.cat([observations, actions], dim=1)
         with torch.no_grad():
-            q = torch.min(self.q1_target(sa), self.q2_target(sa))[:, 0]
-
-        difference = q - self.value(s)[:, 0]  # V first
-        loss = (torch.where(difference > 0, 0.7, 0.3) * difference**2).mean()
-        self.value_optimizer.zero_grad()
-        loss.backward()
-        self.value_optimizer.step()
-
-        with torch.no_grad():  # then the actor, with the advantage of the updated V
-            weight = torch.clamp(torch.exp(3.0 * (q - self.value(s)[:, 0])), max=100.0)
-        std = torch.exp(torch.clamp(self.log_std, -5, 2))
-        distribution = torch.distributions.Normal(torch.tanh(self.actor(s)), std)
-        loss = -(weight * distribution.log_prob(a).sum(1)).mean()
-        for group in self.actor_optimizer.param_groups:
-            group["lr"] = self.learning_rate * 0.5 * (1 + math.cos(math.pi * self.num_updates / self.total))
-        self.actor_optimizer.zero_grad()
-        loss.backward()
-        self.actor_optimizer.step()
-
-        with torch.no_grad():  # then Q, towards the updated V
-            y = r + 0.99 * (1 - done) * self.value(s2)[:, 0]
-        loss = ((self.q1(sa)[:, 0] - y) ** 2).mean() + ((self.q2(sa)[:, 0] - y) ** 2).mean()
-        self.critic_optimizer.zero_grad()
-        loss.backward()
-        self.critic_optimizer.step()
-
-        for network, target in ((self.q1, self.q1_target), (self.q2, self.q2_target)):  # then the targets
-            for p, p_target in zip(network.parameters(), target.parameters()):
-                p_target.data = 0.005 * p.data + 0.995 * p_target.data
+            q1 = self.q1_target(inputs)[:, 0]
+            q2 = self.q2_target(inputs)[:, 0]
+            q = torch.min(q1, q2)
+        self.update_value(observations, q)
+        self.update_actor(observations, actions, q)
+        self.update_critics(inputs, rewards, next_observations, terminals)
+        move_target(self.q1_target, self.q1)
+        move_target(self.q2_target, self.q2)
         self.num_updates += 1
+
+    def update_value(self, observations, q):
+        advantage = q - self.value(observations)[:, 0]
+        weight = torch.where(advantage > 0, 0.7, 0.3)
+        loss = (weight * advantage**2).mean()
+        descend(loss, self.value_optimizer)
+
+    def update_actor(self, observations, actions, q):
+        with torch.no_grad():
+            advantage = q - self.value(observations)[:, 0]
+            weight = torch.clamp(torch.exp(3 * advantage), max=100)
+        std = torch.exp(torch.clamp(self.actor.log_std, -5, 2))
+        policy = torch.distributions.Normal(torch.tanh(self.actor(observations)), std)
+        log_prob = policy.log_prob(actions).sum(dim=1)
+        cosine = math.cos(math.pi * self.num_updates / self.total_updates)
+        self.actor_optimizer.param_groups[0]["lr"] = 3e-4 * (1 + cosine) / 2
+        descend(-(weight * log_prob).mean(), self.actor_optimizer)
+
+    def update_critics(self, inputs, rewards, next_observations, terminals):
+        with torch.no_grad():
+            next_value = self.value(next_observations)[:, 0]
+            target = rewards + 0.99 * (1 - terminals) * next_value
+        q1_loss = F.mse_loss(self.q1(inputs)[:, 0], target)
+        q2_loss = F.mse_loss(self.q2(inputs)[:, 0], target)
+        descend(q1_loss + q2_loss, self.q_optimizer)
+
+
+def paired_parameters(batched, sequential, seed):
+    """(name, ours, the reference's) of each weight and bias of one seed's network."""
+    pairs = []
+    for k, name in enumerate(("layer1", "layer2", "layer3")):
+        ours, theirs = getattr(batched, name), sequential[2 * k]
+        pairs.append((f"{name}.weight", ours.weight.data[seed].T, theirs.weight.data))
+        pairs.append((f"{name}.bias", ours.bias.data[seed, 0], theirs.bias.data))
+    if hasattr(batched, "log_std"):
+        pairs.append(("log_std", batched.log_std.data[seed, 0], sequential.log_std.data))
+    return pairs
+
+
+def copy_seed(agent, reference, seed):
+    """Give the reference the weights of one seed of the agent, then its targets and optimizers."""
+    for name in ("actor", "value", "q1", "q2"):
+        if hasattr(agent, name):
+            networks = getattr(agent, name), getattr(reference, name)
+            for _, ours, theirs in paired_parameters(*networks, seed):
+                theirs.copy_(ours)
+    reference.start()
+
+
+def largest_difference(agent, reference, seed):
+    """Largest absolute and largest relative difference (in a tensor's norm) of all networks."""
+    absolute, relative = 0.0, 0.0
+    for name in ("actor", "actor_target", "value", "q1", "q2", "q1_target", "q2_target"):
+        if hasattr(agent, name):
+            networks = getattr(agent, name), getattr(reference, name)
+            for _, ours, theirs in paired_parameters(*networks, seed):
+                absolute = max(absolute, (ours - theirs).abs().max().item())
+                relative = max(relative, ((ours - theirs).norm() / theirs.norm()).item())
+    return absolute, relative
