@@ -61,7 +61,9 @@ class Args:
 
     # Rewards
 
-    label_fraction: float | None = None  # of known rewards, to be shown (0.01; all if some are NaN)
+    label_fraction: float | None = (
+        None  # of the known rewards, not hidden (0.01; 1 if some are NaN)
+    )
     reward_model: Literal["mlp", "gp"] = "mlp"  # the paper's; or a Gaussian process, for few labels
     reward_hidden_dim: int = 256  # width of the MLP's two hidden layers
     reward_epochs: int = 300  # its passes over the labelled transitions
@@ -106,6 +108,7 @@ class Dataset(NamedTuple):
     next_observations: np.ndarray  # (N, obs_dim)
     terminals: np.ndarray  # (N,), 1 = the task ended: no bootstrap
     episode_ids: np.ndarray  # (N,), int64, consecutive from 0
+    # For evaluation only:
     env: str | minari.MinariDataset | None  # names or holds the simulator, None if there is none
     ref_min: float  # return of score 0; NaN: raw returns are reported
     ref_max: float  # return of score 100
@@ -120,7 +123,7 @@ class BatchedLinear(nn.Module):
         self.weight = nn.Parameter(torch.empty(len(generators), in_dim, out_dim))
         self.bias = nn.Parameter(torch.empty(len(generators), 1, out_dim))
         # nn.Linear's initialisation, each seed from its own generator: the same weights
-        # whether a seed runs alone or among others.
+        # whether a seed runs alone or among others. (Batches do depend on it: see `sample`.)
         bound = in_dim**-0.5
         for k, generator in enumerate(generators):
             nn.init.uniform_(self.weight.data[k], -bound, bound, generator=generator)
@@ -136,7 +139,7 @@ class MLP(nn.Module):
     def __init__(self, mean, std, hidden_dim: int, out_dim: int, generators: list[torch.Generator]):
         super().__init__()
         # The normaliser is part of the network, so that a saved network is complete.
-        self.register_buffer("mean", mean)  # (seeds, 1, in_dim), or (in_dim,) for all seeds
+        self.register_buffer("mean", mean)  # (seeds, 1, in_dim); of a reward model (in_dim,)
         self.register_buffer("std", std)
         self.layer1 = BatchedLinear(mean.shape[-1], hidden_dim, generators)
         self.layer2 = BatchedLinear(hidden_dim, hidden_dim, generators)
@@ -151,7 +154,7 @@ class MLP(nn.Module):
 
 
 def make_generators(seeds: range, stream: int) -> list[torch.Generator]:
-    """One for each seed. Different streams draw different numbers for the same seed."""
+    """One for each seed; the reward model (stream 1) and the agent (2) draw different numbers."""
     return [torch.Generator().manual_seed(1_000_003 * stream + seed) for seed in seeds]
 
 
@@ -169,7 +172,7 @@ def gather(tensors: list | tuple, rows: torch.Tensor) -> list[torch.Tensor]:
 
 # --- Reward model (Romeo & Bagdanov 2024) ---
 def split_labels(rewards: np.ndarray, fraction: float | None, seeds: range) -> np.ndarray:
-    """Draw the transitions whose reward each seed may see: their indices, (seeds, labels)."""
+    """Draw the transitions whose reward each seed may see: their row numbers, (seeds, labels)."""
     known = np.flatnonzero(~np.isnan(rewards))
     require(len(known) > 0, "no transition is labelled: every reward is NaN")
     if fraction is None:  # the paper's 1%; of a log that people labelled, every label
@@ -182,12 +185,13 @@ def split_labels(rewards: np.ndarray, fraction: float | None, seeds: range) -> n
 class GaussianProcess(nn.Module):
     """Bayesian linear regression plus a smooth function, for few labels; once per seed.
 
-    Before any label is seen, f is a random function of x = (s, a) with the covariance
-        k(a, b) = 1 + linear sum_j r_j a_j b_j + smooth exp(-sum_j (a_j - b_j)^2 / (2 l_j^2)):
-    a constant, plus a linear function whose input j has the relevance r_j, plus a function that
-    varies over lengths l_j. After the labels y = f(X) + noise, its expectation is
-        f(x) = k(x, X) @ weights,  where  weights = (k(X, X) + noise I)^-1 y.    (2.25)
-    Rasmussen & Williams (2006), Gaussian Processes for Machine Learning."""
+    f(x) = b + sum_j w_j x_j + g(x) for x = (s, a), all three random before any label is seen:
+    b ~ N(0, 1), w_j ~ N(0, linear r_j), and a function g whose values at x and x' are alike if
+    these are close, compared with lengths l_j. So f(x) and f(x') have the covariance
+        k(x, x') = 1 + linear sum_j r_j x_j x'_j + smooth exp(-sum_j (x_j - x'_j)^2 / (2 l_j^2)).
+    Given labels y = f(X) + noise, the mean of f becomes
+        f(x) = k(x, X) @ weights  with  weights = (k(X, X) + noise I)^-1 y.    (2.25)
+    Equations of Rasmussen & Williams (2006), Gaussian Processes for Machine Learning."""
 
     def __init__(self, mean, std, num_seeds: int, num_labels: int):
         super().__init__()
@@ -195,47 +199,52 @@ class GaussianProcess(nn.Module):
         num_labels = min(num_labels, 2000)  # time grows with the cube: of more, 2,000 are used
         self.register_buffer("mean", mean)  # (in_dim,), as in MLP
         self.register_buffer("std", std)
+        # Filled by fit(); here already so that a checkpoint can be loaded.
         self.register_buffer("x", torch.zeros(num_seeds, num_labels, in_dim).double())
         self.register_buffer("weights", torch.zeros(num_seeds, num_labels, 1).double())
 
-        def log_parameter(start: float, width: int) -> nn.Parameter:  # the logarithm of what is > 0
-            return nn.Parameter(torch.full((num_seeds, 1, width), start).double())
+        # Logarithms, so that what they stand for stays positive, of a guess for standard units:
+        # sums over the inputs are then of order 1. fit() starts there.
+        def log_parameter(guess: float, width: int) -> nn.Parameter:
+            return nn.Parameter(torch.full((num_seeds, 1, width), math.log(guess)).double())
 
-        self.log_noise = log_parameter(-1.0, 1)
-        self.log_linear = log_parameter(-math.log(in_dim), 1)  # so that the sum over j is near 1
-        self.log_smooth = log_parameter(-1.0, 1)
-        self.log_relevance = log_parameter(0.0, in_dim)
-        self.log_inverse_length = log_parameter(-math.log(in_dim) / 2, in_dim)
+        self.log_noise = log_parameter(math.exp(-1), 1)
+        self.log_linear = log_parameter(1 / in_dim, 1)  # of all inputs; r_j is the share of each
+        self.log_smooth = log_parameter(math.exp(-1), 1)
+        self.log_relevance = log_parameter(1.0, in_dim)
+        self.log_inverse_length = log_parameter(in_dim**-0.5, in_dim)
 
     def inputs(self, observations: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
         x = (torch.cat([observations, actions], dim=-1) - self.mean) / self.std
         return x.double()  # float32 is too coarse to invert k(X, X)
 
-    def kernel(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    def kernel(self, x1: torch.Tensor, x2: torch.Tensor) -> torch.Tensor:
         """k of all pairs: (seeds, n, in_dim), (seeds, m, in_dim) -> (seeds, n, m)."""
-        product = (a * self.log_relevance.exp()) @ b.mT
+        product = (x1 * self.log_relevance.exp()) @ x2.mT
         inverse_length = self.log_inverse_length.exp()
-        distance = torch.cdist(a * inverse_length, b * inverse_length)
+        distance = torch.cdist(x1 * inverse_length, x2 * inverse_length)
         smooth = self.log_smooth.exp() * torch.exp(-distance.square() / 2)
         return 1 + self.log_linear.exp() * product + smooth
 
     def cholesky(self, x: torch.Tensor) -> torch.Tensor:
         """The lower triangular L with L @ L.mT = k(X, X) + noise I."""
-        noise = self.log_noise.exp() + 1e-4  # 1e-4: never so little that L does not exist
+        noise = self.log_noise.exp() + 1e-4  # 1e-4: so that the matrix stays positive definite
         return torch.linalg.cholesky(self.kernel(x, x) + noise * torch.eye(x.shape[1]).to(x))
 
     def fit(self, observations, actions, rewards) -> None:
-        """Find the parameters that explain the labels best, then the weights (2.25)."""
+        """Find the parameters under which the labels are most plausible, then the weights."""
         x, y = self.inputs(observations, actions), rewards.double().unsqueeze(-1)
-        spread = torch.linspace(0, x.shape[1] - 1, self.x.shape[1]).long()
-        x, y = x[:, spread], y[:, spread]
-        few = torch.linspace(0, x.shape[1] - 1, min(x.shape[1], 500)).long()  # enough for the loss
+        # Labels are in the order of the log: of too many, take some evenly spaced ones.
+        taken = torch.linspace(0, x.shape[1] - 1, self.x.shape[1]).long()
+        x, y = x[:, taken], y[:, taken]
+        taken = torch.linspace(0, x.shape[1] - 1, min(x.shape[1], 500)).long()  # for parameters
+        some_x, some_y = x[:, taken], y[:, taken]
         starts = [parameter.detach().clone() for parameter in self.parameters()]
         optimizer = torch.optim.Adam(self.parameters(), lr=0.1)
         for _ in range(100):
             # -log p(y | parameters), but for a constant (2.30).
-            L = self.cholesky(x[:, few])
-            white = torch.linalg.solve_triangular(L, y[:, few], upper=False)
+            L = self.cholesky(some_x)
+            white = torch.linalg.solve_triangular(L, some_y, upper=False)
             loss = white.square().sum() / 2 + L.diagonal(dim1=1, dim2=2).log().sum()
             # -log p(parameters): a priori each is normal, with variance 1 around its start.
             for parameter, start in zip(self.parameters(), starts):
@@ -247,7 +256,7 @@ class GaussianProcess(nn.Module):
         self.weights = torch.cholesky_solve(y, self.cholesky(x)).detach()
 
     def forward(self, observations: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
-        """(seeds, batch, ...) -> (seeds, batch, 1)."""
+        """The mean of f: (seeds, batch, ...) -> (seeds, batch, 1)."""
         return self.kernel(self.inputs(observations, actions), self.x) @ self.weights
 
 
@@ -256,18 +265,16 @@ class RewardModel(nn.Module):
 
     def __init__(self, dataset: Dataset, labels: np.ndarray, generators, args):
         super().__init__()
-        rewards = dataset.rewards[labels]
-        fits = (np.ptp(rewards, axis=1) > 0).all()
-        require(fits, f"a seed's {labels.shape[1]} labelled rewards are all equal: label more")
-        mean, std = mean_and_std(torch.from_numpy(rewards).T)
+        check_labels(dataset, labels)
+        mean, std = mean_and_std(torch.from_numpy(dataset.rewards[labels].T))  # of each seed
         self.register_buffer("reward_mean", mean.unsqueeze(1))  # (seeds, 1), float64
         self.register_buffer("reward_std", std.unsqueeze(1))
-        # Observations and actions are known without labels, so all of them normalise. A feature
-        # that is nearly always the same must not become huge where it is not, hence the maximum.
+        # Observations and actions are known without labels, so all of them normalise. The std of
+        # a feature that is nearly always the same is tiny: take at least 1/1000 of its range.
         observations, actions = map(torch.from_numpy, (dataset.observations, dataset.actions))
         mean, std = mean_and_std(observations)
         std = torch.maximum(std, (observations.amax(dim=0) - observations.amin(dim=0)) / 1000)
-        low, high = actions.amin(dim=0), actions.amax(dim=0)  # actions: to [-1, 1]
+        low, high = actions.amin(dim=0), actions.amax(dim=0)  # of the log: it needs no simulator
         mean = torch.cat([mean, (low + high) / 2])
         std = torch.cat([std, (high - low) / 2])
         std[std == 0] = 1  # an input that never changes
@@ -281,8 +288,15 @@ class RewardModel(nn.Module):
         return self.reward_mean + self.reward_std * self.model(observations, actions).squeeze(-1)
 
 
+def check_labels(dataset: Dataset, labels: np.ndarray) -> None:
+    differ = (np.ptp(dataset.rewards[labels], axis=1) > 0).all()
+    require(differ, f"a seed's {labels.shape[1]} labelled rewards are all equal: label more")
+
+
+# A loss and its gradients are one function, here and below: compiled together (use_functions)
+# they are fastest.
 def reward_backward(model: MLP, observations, actions, rewards) -> None:
-    """The gradients of Eq. 4."""
+    """Eq. 4 of each seed, and its gradients."""
     loss = (model(observations, actions).squeeze(-1) - rewards).square().mean(dim=1)  # (seeds,)
     loss.sum().backward()  # a sum over seeds: each gets the gradient it would have alone
 
@@ -297,11 +311,12 @@ def fit_reward_model(reward_model: RewardModel, dataset: Dataset, labels, genera
     if isinstance(model, GaussianProcess):
         return model.fit(observations, actions, rewards)
 
-    settings = {"lr": args.reward_learning_rate, "fused": True, "capturable": True}
+    settings = {"lr": args.reward_learning_rate, "fused": True, "capturable": True}  # for `repeat`
     optimizer = torch.optim.Adam(model.parameters(), **settings)
     num_seeds, num_labels = labels.shape
     batch_size = min(args.reward_batch_size, num_labels)
     num_batches = math.ceil(num_labels / batch_size)
+    # On a GPU a step is recorded and replayed, always on the same memory: `rows` is filled anew.
     rows = torch.zeros(num_seeds, batch_size, dtype=torch.long, device=device)
 
     def step() -> None:
@@ -318,7 +333,7 @@ def fit_reward_model(reward_model: RewardModel, dataset: Dataset, labels, genera
         order = torch.cat([order, order[:, :missing]], dim=1).to(device)
         for batch_rows in order.split(batch_size, dim=1):
             rows.copy_(batch_rows)
-            next(steps)
+            next(steps)  # runs step()
 
 
 @torch.no_grad()
@@ -352,9 +367,11 @@ def imputation_quality(imputed: np.ndarray, dataset: Dataset, labels: np.ndarray
         true = dataset.rewards[hidden].astype(np.float64)
         error = rewards[hidden] - true
         returns = np.bincount(dataset.episode_ids, rewards)
-        with np.errstate(all="ignore"):  # of equal rewards or returns neither is defined: NaN
+        correlation = np.nan  # of less than two returns, or of equal ones
+        with np.errstate(all="ignore"):
             quality["r2"].append(float(1 - np.mean(error**2) / np.var(true)))
-            correlation = np.corrcoef(true_returns[known], returns[known])[0, 1]
+            if np.count_nonzero(known) > 1:
+                correlation = np.corrcoef(true_returns[known], returns[known])[0, 1]
         quality["mse"].append(float(np.mean(error**2)))
         quality["mae"].append(float(np.mean(np.abs(error))))
         quality["return_correlation"].append(float(correlation))
@@ -655,7 +672,8 @@ def read_hdf5(path: Path, follow_d4rl: bool) -> dict[str, np.ndarray]:
 
     ends = terminals | timeouts
     episode_ids = np.cumsum(ends) - ends  # the number of ends before each row
-    _, episode_ids = np.unique(episode_ids[is_kept], return_inverse=True)  # no holes
+    # Numbered anew, since all rows of an episode may be gone.
+    _, episode_ids = np.unique(episode_ids[is_kept], return_inverse=True)
     return {
         "observations": arrays["observations"][is_kept],
         "actions": arrays["actions"][is_kept],
@@ -668,13 +686,13 @@ def read_hdf5(path: Path, follow_d4rl: bool) -> dict[str, np.ndarray]:
 
 def find_transitions(arrays: dict, terminals, timeouts, follow_d4rl: bool) -> np.ndarray:
     """The rows that are whole transitions, (rows,), bool."""
-    has_next = ~timeouts  # the next row holds the next observation
+    has_next = ~timeouts  # after the other rows the next one goes on with the episode
     has_next[-1:] = False
-    if follow_d4rl:  # drops all others, and so does every published score
+    if follow_d4rl:  # drops the last row and all timeouts, and so does every published score
         return has_next
     if "next_observations" in arrays:
         return np.ones_like(has_next)
-    return has_next | terminals  # after a terminal row nothing is to be known
+    return has_next | terminals  # what follows a terminal row is multiplied by 0
 
 
 def read_columns(path: Path) -> dict[str, np.ndarray]:
@@ -707,8 +725,9 @@ def check_layout(path: Path, columns: dict[str, h5py.Dataset]) -> None:
         else:
             fits = column.shape[1:] in ((), (1,)) and column.ndim > 0
         require(fits, f"{path} has wrong shapes: {key} is {column.shape}")
+        # Compressed, rows take a thousandth of their size at best.
         declared = math.prod(column.shape) * column.dtype.itemsize
-        plausible = declared <= 2000 * path.stat().st_size  # compression saves a factor of 1,000
+        plausible = declared <= 2000 * path.stat().st_size
         require(plausible, f"{path}: {key} declares {len(column):,} rows, more than the file holds")
     lengths = {key: len(column) for key, column in columns.items()}
     require(len(set(lengths.values())) == 1, f"{path} has columns of different lengths: {lengths}")
@@ -726,7 +745,7 @@ def find_ends(path: Path, arrays: dict[str, np.ndarray]) -> tuple[np.ndarray, np
     if "timeouts" in arrays:
         return terminals, arrays["timeouts"] != 0
     if "next_observations" in arrays:  # a cut is where the next row begins with something else
-        following = np.roll(arrays["observations"], -1, axis=0)
+        following = np.roll(arrays["observations"], -1, axis=0)  # the last row's is the first
         return terminals, (arrays["next_observations"] != following).any(axis=1)
     require(
         terminals[-1:].all(),
@@ -947,17 +966,20 @@ def choose_device(name: str) -> torch.device:
 
 def choose_precision(name: str, device: torch.device, state: dict | None) -> str:
     """torch's fastest setting under which a float32 product is one; a resumed run keeps its own."""
-    capabilities = torch.cpu.get_capabilities()
-    # On x86, medium hands products to oneDNN, which rounds to bfloat16 only where there is AMX.
-    is_x86 = capabilities.get("architecture") == "x86_64"
-    exact = device.type == "cpu" and is_x86 and not capabilities.get("amx_bf16", True)
     if name != "auto":
         return name
+    # On x86, medium hands products to oneDNN, often the faster library, which rounds them to
+    # bfloat16 only where the processor has AMX.
+    cpu = torch.cpu.get_capabilities()
+    has_amx = cpu.get("amx_bf16", True) or cpu.get("architecture") != "x86_64"
+    medium_is_float32 = device.type == "cpu" and not has_amx
     if state is None:
-        return "medium" if exact else "highest"
+        return "medium" if medium_is_float32 else "highest"
     before = state["config"]["matmul_precision"]
-    keeps = before == "highest" or exact or state["config"]["device"] != "cpu"
-    require(keeps, f"--matmul-precision {before} was float32 where the run began, but is not here")
+    keeps = before == "highest" or medium_is_float32 or device.type == "cuda"
+    require(
+        keeps, f"the run began with --matmul-precision {before}, which is bfloat16 here: give it"
+    )
     return before
 
 
@@ -983,18 +1005,21 @@ def use_functions(compiled: bool) -> None:
 
 
 def compile_function(function):
+    """The function compiled; if that fails at its first call, all go on as they are."""
     compiled = torch.compile(function, fullgraph=True, dynamic=False)
 
-    def call(*inputs):
+    def first_call(*inputs):
         try:
-            return compiled(*inputs)
+            result = compiled(*inputs)
         except (RuntimeError, OSError) as error:  # a compiler can fail in many ways
             use_functions(compiled=False)
             reason = " ".join(str(error).split())[:200]
             tqdm.write(f"warning: cannot compile, going on without: {reason}", file=sys.stderr)
             return function(*inputs)
+        globals()[function.__name__] = compiled
+        return result
 
-    return call
+    return first_call
 
 
 def repeat(step, generators: list[torch.Generator], recorded: bool):
@@ -1014,7 +1039,7 @@ def repeat(step, generators: list[torch.Generator], recorded: bool):
     with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
         result = step()  # is recorded, computes nothing
     while True:
-        graph.replay()
+        graph.replay()  # overwrites the tensors of `result`
         yield result
 
 
@@ -1023,7 +1048,7 @@ def check_arguments(args: Args) -> None:
     """Everything that can be wrong with a command, before anything is fitted."""
     require(0 <= args.seed, "--seed must be 0 or more")
     require(0 < args.num_seeds, "--num-seeds must be at least 1")
-    check_shared_arguments(args)
+    check_common_arguments(args)
     held = args.run_dir and (args.run_dir / "config.json").exists()
     require(not held, f"{args.run_dir} already holds a run: choose another --run-dir")
     if args.output_path:
@@ -1043,7 +1068,8 @@ def check_arguments(args: Args) -> None:
         require(not exists, f"--output-minari-id {args.output_minari_id} exists already")
 
 
-def check_shared_arguments(args) -> None:
+def check_common_arguments(args) -> None:
+    """Of arguments that reward_model.py has as well."""
     fraction = args.label_fraction
     require(fraction is None or 0 < fraction <= 1, "--label-fraction must be in (0, 1]")
     require(0 < args.reward_hidden_dim, "--reward-hidden-dim must be at least 1")

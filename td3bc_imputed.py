@@ -10,7 +10,8 @@
 """TD3+BC on a dataset of which only a few transitions have a reward.
 
 1. Load transitions; hide the rewards of all but 1% of them.
-2. Fit a reward model f(s, a) to that 1% (Eq. 4); every hidden reward becomes f(s, a) (Eq. 5).
+2. Fit a reward model f to that 1%, minimising the mean of (f(s, a) - r)^2 (Eq. 4). Every
+   hidden reward becomes f(s, a), every other one stays as it is (Eq. 5).
 3. Make a TD3+BC agent for every seed, and hand it the completed dataset.
 4. Train all seeds at once, evaluating them in the simulator now and then.
 5. Report the last evaluation.
@@ -66,10 +67,12 @@ class Args:
 
     # Rewards
 
-    # What the agent sees instead of hidden rewards: the model's predictions; nothing, since it is
-    # given the labelled transitions alone; the true rewards; zeros; the mean of the labels.
+    # imputed: hidden rewards are predicted; labeled: the agent sees labelled transitions alone;
+    # oracle: the true rewards; zero, mean: hidden ones are 0, or the mean of the labels (controls).
     rewards: Literal["imputed", "labeled", "oracle", "zero", "mean"] = "imputed"
-    label_fraction: float | None = None  # of known rewards, to be shown (0.01; all if some are NaN)
+    label_fraction: float | None = (
+        None  # of the known rewards, not hidden (0.01; 1 if some are NaN)
+    )
     scale_rewards: bool = False  # divide by the range of episode returns, times 1000, as IQL does
     reward_model: Literal["mlp", "gp"] = "mlp"  # the paper's; or a Gaussian process, for few labels
     reward_hidden_dim: int = 256  # width of the MLP's two hidden layers
@@ -128,6 +131,7 @@ class Dataset(NamedTuple):
     next_observations: np.ndarray  # (N, obs_dim)
     terminals: np.ndarray  # (N,), 1 = the task ended: no bootstrap
     episode_ids: np.ndarray  # (N,), int64, consecutive from 0
+    # For evaluation only:
     env: str | minari.MinariDataset | None  # names or holds the simulator, None if there is none
     ref_min: float  # return of score 0; NaN: raw returns are reported
     ref_max: float  # return of score 100
@@ -142,7 +146,7 @@ class BatchedLinear(nn.Module):
         self.weight = nn.Parameter(torch.empty(len(generators), in_dim, out_dim))
         self.bias = nn.Parameter(torch.empty(len(generators), 1, out_dim))
         # nn.Linear's initialisation, each seed from its own generator: the same weights
-        # whether a seed runs alone or among others.
+        # whether a seed runs alone or among others. (Batches do depend on it: see `sample`.)
         bound = in_dim**-0.5
         for k, generator in enumerate(generators):
             nn.init.uniform_(self.weight.data[k], -bound, bound, generator=generator)
@@ -158,7 +162,7 @@ class MLP(nn.Module):
     def __init__(self, mean, std, hidden_dim: int, out_dim: int, generators: list[torch.Generator]):
         super().__init__()
         # The normaliser is part of the network, so that a saved network is complete.
-        self.register_buffer("mean", mean)  # (seeds, 1, in_dim), or (in_dim,) for all seeds
+        self.register_buffer("mean", mean)  # (seeds, 1, in_dim); of a reward model (in_dim,)
         self.register_buffer("std", std)
         self.layer1 = BatchedLinear(mean.shape[-1], hidden_dim, generators)
         self.layer2 = BatchedLinear(hidden_dim, hidden_dim, generators)
@@ -173,7 +177,7 @@ class MLP(nn.Module):
 
 
 def make_generators(seeds: range, stream: int) -> list[torch.Generator]:
-    """One for each seed. Different streams draw different numbers for the same seed."""
+    """One for each seed; the reward model (stream 1) and the agent (2) draw different numbers."""
     return [torch.Generator().manual_seed(1_000_003 * stream + seed) for seed in seeds]
 
 
@@ -191,7 +195,7 @@ def gather(tensors: list | tuple, rows: torch.Tensor) -> list[torch.Tensor]:
 
 # --- Reward model (Romeo & Bagdanov 2024) ---
 def split_labels(rewards: np.ndarray, fraction: float | None, seeds: range) -> np.ndarray:
-    """Draw the transitions whose reward each seed may see: their indices, (seeds, labels)."""
+    """Draw the transitions whose reward each seed may see: their row numbers, (seeds, labels)."""
     known = np.flatnonzero(~np.isnan(rewards))
     require(len(known) > 0, "no transition is labelled: every reward is NaN")
     if fraction is None:  # the paper's 1%; of a log that people labelled, every label
@@ -204,12 +208,13 @@ def split_labels(rewards: np.ndarray, fraction: float | None, seeds: range) -> n
 class GaussianProcess(nn.Module):
     """Bayesian linear regression plus a smooth function, for few labels; once per seed.
 
-    Before any label is seen, f is a random function of x = (s, a) with the covariance
-        k(a, b) = 1 + linear sum_j r_j a_j b_j + smooth exp(-sum_j (a_j - b_j)^2 / (2 l_j^2)):
-    a constant, plus a linear function whose input j has the relevance r_j, plus a function that
-    varies over lengths l_j. After the labels y = f(X) + noise, its expectation is
-        f(x) = k(x, X) @ weights,  where  weights = (k(X, X) + noise I)^-1 y.    (2.25)
-    Rasmussen & Williams (2006), Gaussian Processes for Machine Learning."""
+    f(x) = b + sum_j w_j x_j + g(x) for x = (s, a), all three random before any label is seen:
+    b ~ N(0, 1), w_j ~ N(0, linear r_j), and a function g whose values at x and x' are alike if
+    these are close, compared with lengths l_j. So f(x) and f(x') have the covariance
+        k(x, x') = 1 + linear sum_j r_j x_j x'_j + smooth exp(-sum_j (x_j - x'_j)^2 / (2 l_j^2)).
+    Given labels y = f(X) + noise, the mean of f becomes
+        f(x) = k(x, X) @ weights  with  weights = (k(X, X) + noise I)^-1 y.    (2.25)
+    Equations of Rasmussen & Williams (2006), Gaussian Processes for Machine Learning."""
 
     def __init__(self, mean, std, num_seeds: int, num_labels: int):
         super().__init__()
@@ -217,47 +222,52 @@ class GaussianProcess(nn.Module):
         num_labels = min(num_labels, 2000)  # time grows with the cube: of more, 2,000 are used
         self.register_buffer("mean", mean)  # (in_dim,), as in MLP
         self.register_buffer("std", std)
+        # Filled by fit(); here already so that a checkpoint can be loaded.
         self.register_buffer("x", torch.zeros(num_seeds, num_labels, in_dim).double())
         self.register_buffer("weights", torch.zeros(num_seeds, num_labels, 1).double())
 
-        def log_parameter(start: float, width: int) -> nn.Parameter:  # the logarithm of what is > 0
-            return nn.Parameter(torch.full((num_seeds, 1, width), start).double())
+        # Logarithms, so that what they stand for stays positive, of a guess for standard units:
+        # sums over the inputs are then of order 1. fit() starts there.
+        def log_parameter(guess: float, width: int) -> nn.Parameter:
+            return nn.Parameter(torch.full((num_seeds, 1, width), math.log(guess)).double())
 
-        self.log_noise = log_parameter(-1.0, 1)
-        self.log_linear = log_parameter(-math.log(in_dim), 1)  # so that the sum over j is near 1
-        self.log_smooth = log_parameter(-1.0, 1)
-        self.log_relevance = log_parameter(0.0, in_dim)
-        self.log_inverse_length = log_parameter(-math.log(in_dim) / 2, in_dim)
+        self.log_noise = log_parameter(math.exp(-1), 1)
+        self.log_linear = log_parameter(1 / in_dim, 1)  # of all inputs; r_j is the share of each
+        self.log_smooth = log_parameter(math.exp(-1), 1)
+        self.log_relevance = log_parameter(1.0, in_dim)
+        self.log_inverse_length = log_parameter(in_dim**-0.5, in_dim)
 
     def inputs(self, observations: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
         x = (torch.cat([observations, actions], dim=-1) - self.mean) / self.std
         return x.double()  # float32 is too coarse to invert k(X, X)
 
-    def kernel(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    def kernel(self, x1: torch.Tensor, x2: torch.Tensor) -> torch.Tensor:
         """k of all pairs: (seeds, n, in_dim), (seeds, m, in_dim) -> (seeds, n, m)."""
-        product = (a * self.log_relevance.exp()) @ b.mT
+        product = (x1 * self.log_relevance.exp()) @ x2.mT
         inverse_length = self.log_inverse_length.exp()
-        distance = torch.cdist(a * inverse_length, b * inverse_length)
+        distance = torch.cdist(x1 * inverse_length, x2 * inverse_length)
         smooth = self.log_smooth.exp() * torch.exp(-distance.square() / 2)
         return 1 + self.log_linear.exp() * product + smooth
 
     def cholesky(self, x: torch.Tensor) -> torch.Tensor:
         """The lower triangular L with L @ L.mT = k(X, X) + noise I."""
-        noise = self.log_noise.exp() + 1e-4  # 1e-4: never so little that L does not exist
+        noise = self.log_noise.exp() + 1e-4  # 1e-4: so that the matrix stays positive definite
         return torch.linalg.cholesky(self.kernel(x, x) + noise * torch.eye(x.shape[1]).to(x))
 
     def fit(self, observations, actions, rewards) -> None:
-        """Find the parameters that explain the labels best, then the weights (2.25)."""
+        """Find the parameters under which the labels are most plausible, then the weights."""
         x, y = self.inputs(observations, actions), rewards.double().unsqueeze(-1)
-        spread = torch.linspace(0, x.shape[1] - 1, self.x.shape[1]).long()
-        x, y = x[:, spread], y[:, spread]
-        few = torch.linspace(0, x.shape[1] - 1, min(x.shape[1], 500)).long()  # enough for the loss
+        # Labels are in the order of the log: of too many, take some evenly spaced ones.
+        taken = torch.linspace(0, x.shape[1] - 1, self.x.shape[1]).long()
+        x, y = x[:, taken], y[:, taken]
+        taken = torch.linspace(0, x.shape[1] - 1, min(x.shape[1], 500)).long()  # for parameters
+        some_x, some_y = x[:, taken], y[:, taken]
         starts = [parameter.detach().clone() for parameter in self.parameters()]
         optimizer = torch.optim.Adam(self.parameters(), lr=0.1)
         for _ in range(100):
             # -log p(y | parameters), but for a constant (2.30).
-            L = self.cholesky(x[:, few])
-            white = torch.linalg.solve_triangular(L, y[:, few], upper=False)
+            L = self.cholesky(some_x)
+            white = torch.linalg.solve_triangular(L, some_y, upper=False)
             loss = white.square().sum() / 2 + L.diagonal(dim1=1, dim2=2).log().sum()
             # -log p(parameters): a priori each is normal, with variance 1 around its start.
             for parameter, start in zip(self.parameters(), starts):
@@ -269,7 +279,7 @@ class GaussianProcess(nn.Module):
         self.weights = torch.cholesky_solve(y, self.cholesky(x)).detach()
 
     def forward(self, observations: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
-        """(seeds, batch, ...) -> (seeds, batch, 1)."""
+        """The mean of f: (seeds, batch, ...) -> (seeds, batch, 1)."""
         return self.kernel(self.inputs(observations, actions), self.x) @ self.weights
 
 
@@ -278,18 +288,16 @@ class RewardModel(nn.Module):
 
     def __init__(self, dataset: Dataset, labels: np.ndarray, generators, args):
         super().__init__()
-        rewards = dataset.rewards[labels]
-        fits = (np.ptp(rewards, axis=1) > 0).all()
-        require(fits, f"a seed's {labels.shape[1]} labelled rewards are all equal: label more")
-        mean, std = mean_and_std(torch.from_numpy(rewards).T)
+        check_labels(dataset, labels)
+        mean, std = mean_and_std(torch.from_numpy(dataset.rewards[labels].T))  # of each seed
         self.register_buffer("reward_mean", mean.unsqueeze(1))  # (seeds, 1), float64
         self.register_buffer("reward_std", std.unsqueeze(1))
-        # Observations and actions are known without labels, so all of them normalise. A feature
-        # that is nearly always the same must not become huge where it is not, hence the maximum.
+        # Observations and actions are known without labels, so all of them normalise. The std of
+        # a feature that is nearly always the same is tiny: take at least 1/1000 of its range.
         observations, actions = map(torch.from_numpy, (dataset.observations, dataset.actions))
         mean, std = mean_and_std(observations)
         std = torch.maximum(std, (observations.amax(dim=0) - observations.amin(dim=0)) / 1000)
-        low, high = actions.amin(dim=0), actions.amax(dim=0)  # actions: to [-1, 1]
+        low, high = actions.amin(dim=0), actions.amax(dim=0)  # of the log: it needs no simulator
         mean = torch.cat([mean, (low + high) / 2])
         std = torch.cat([std, (high - low) / 2])
         std[std == 0] = 1  # an input that never changes
@@ -303,8 +311,15 @@ class RewardModel(nn.Module):
         return self.reward_mean + self.reward_std * self.model(observations, actions).squeeze(-1)
 
 
+def check_labels(dataset: Dataset, labels: np.ndarray) -> None:
+    differ = (np.ptp(dataset.rewards[labels], axis=1) > 0).all()
+    require(differ, f"a seed's {labels.shape[1]} labelled rewards are all equal: label more")
+
+
+# A loss and its gradients are one function, here and below: compiled together (use_functions)
+# they are fastest.
 def reward_backward(model: MLP, observations, actions, rewards) -> None:
-    """The gradients of Eq. 4."""
+    """Eq. 4 of each seed, and its gradients."""
     loss = (model(observations, actions).squeeze(-1) - rewards).square().mean(dim=1)  # (seeds,)
     loss.sum().backward()  # a sum over seeds: each gets the gradient it would have alone
 
@@ -319,11 +334,12 @@ def fit_reward_model(reward_model: RewardModel, dataset: Dataset, labels, genera
     if isinstance(model, GaussianProcess):
         return model.fit(observations, actions, rewards)
 
-    settings = {"lr": args.reward_learning_rate, "fused": True, "capturable": True}
+    settings = {"lr": args.reward_learning_rate, "fused": True, "capturable": True}  # for `repeat`
     optimizer = torch.optim.Adam(model.parameters(), **settings)
     num_seeds, num_labels = labels.shape
     batch_size = min(args.reward_batch_size, num_labels)
     num_batches = math.ceil(num_labels / batch_size)
+    # On a GPU a step is recorded and replayed, always on the same memory: `rows` is filled anew.
     rows = torch.zeros(num_seeds, batch_size, dtype=torch.long, device=device)
 
     def step() -> None:
@@ -340,7 +356,7 @@ def fit_reward_model(reward_model: RewardModel, dataset: Dataset, labels, genera
         order = torch.cat([order, order[:, :missing]], dim=1).to(device)
         for batch_rows in order.split(batch_size, dim=1):
             rows.copy_(batch_rows)
-            next(steps)
+            next(steps)  # runs step()
 
 
 @torch.no_grad()
@@ -374,9 +390,11 @@ def imputation_quality(imputed: np.ndarray, dataset: Dataset, labels: np.ndarray
         true = dataset.rewards[hidden].astype(np.float64)
         error = rewards[hidden] - true
         returns = np.bincount(dataset.episode_ids, rewards)
-        with np.errstate(all="ignore"):  # of equal rewards or returns neither is defined: NaN
+        correlation = np.nan  # of less than two returns, or of equal ones
+        with np.errstate(all="ignore"):
             quality["r2"].append(float(1 - np.mean(error**2) / np.var(true)))
-            correlation = np.corrcoef(true_returns[known], returns[known])[0, 1]
+            if np.count_nonzero(known) > 1:
+                correlation = np.corrcoef(true_returns[known], returns[known])[0, 1]
         quality["mse"].append(float(np.mean(error**2)))
         quality["mae"].append(float(np.mean(np.abs(error))))
         quality["return_correlation"].append(float(correlation))
@@ -384,7 +402,7 @@ def imputation_quality(imputed: np.ndarray, dataset: Dataset, labels: np.ndarray
 
 
 # --- TD3+BC (Fujimoto & Gu 2021) ---
-ACTION_BOUND = 1.0  # of the dataset's actions, once they are scaled
+ACTION_BOUND = 1.0  # the dataset's actions are clipped there (IQL's original: a little less)
 
 
 class Transitions(NamedTuple):
@@ -402,13 +420,15 @@ class Agent:
 
     def __init__(self, data: Transitions, generators: list[torch.Generator], args: Args):
         device, act_dim = data.observations.device, data.actions.shape[-1]
-        statistics = [mean_and_std(rows) for rows in data.observations]  # one seed after another
+        # Seeds see different observations with --rewards labeled.
+        statistics = [mean_and_std(rows) for rows in data.observations]
         mean = torch.stack([mean for mean, std in statistics]).unsqueeze(1).to(data.observations)
         std = torch.stack([std for mean, std in statistics]).unsqueeze(1).to(data.observations)
         std = std + 1e-3  # the original's
         self.actor = MLP(mean, std, 256, act_dim, generators).to(device)  # then tanh, where called
+        # Critics also see actions, as they are: mean 0, std 1.
         mean, std = F.pad(mean, (0, act_dim), value=0.0), F.pad(std, (0, act_dim), value=1.0)
-        self.q1 = MLP(mean, std, 256, 1, generators).to(device)  # actions go in as they are
+        self.q1 = MLP(mean, std, 256, 1, generators).to(device)
         self.q2 = MLP(mean, std, 256, 1, generators).to(device)
         self.actor_target = deepcopy(self.actor)
         self.q1_target = deepcopy(self.q1)
@@ -451,7 +471,6 @@ def actor_loss(agent: Agent, batch: Transitions, args: Args) -> torch.Tensor:
     return -lambda_ * q.mean(dim=1) + cloning
 
 
-# A loss and its gradients are one function each, since together they compile best.
 def critic_backward(agent: Agent, batch: Transitions, noise: torch.Tensor, args: Args):
     loss = critic_loss(agent, batch, noise, args)
     loss.sum().backward()  # a sum over seeds: each gets the gradient it would have alone
@@ -517,6 +536,7 @@ def reward_scale(rewards: np.ndarray, labels: np.ndarray, dataset: Dataset, labe
         episodes, ids, counts = np.unique(
             dataset.episode_ids[rows], return_inverse=True, return_counts=True
         )
+        # Of all rows, counts are the lengths, and this is the sum of the rewards.
         returns = np.bincount(ids, seed_rewards[rows]) / counts * lengths[episodes]
         differ = np.ptp(returns) > 1e-6 * np.abs(returns).max()
         require(differ, "all episode returns are equal: --scale-rewards has nothing to divide by")
@@ -645,7 +665,8 @@ def read_hdf5(path: Path, follow_d4rl: bool) -> dict[str, np.ndarray]:
 
     ends = terminals | timeouts
     episode_ids = np.cumsum(ends) - ends  # the number of ends before each row
-    _, episode_ids = np.unique(episode_ids[is_kept], return_inverse=True)  # no holes
+    # Numbered anew, since all rows of an episode may be gone.
+    _, episode_ids = np.unique(episode_ids[is_kept], return_inverse=True)
     return {
         "observations": arrays["observations"][is_kept],
         "actions": arrays["actions"][is_kept],
@@ -658,13 +679,13 @@ def read_hdf5(path: Path, follow_d4rl: bool) -> dict[str, np.ndarray]:
 
 def find_transitions(arrays: dict, terminals, timeouts, follow_d4rl: bool) -> np.ndarray:
     """The rows that are whole transitions, (rows,), bool."""
-    has_next = ~timeouts  # the next row holds the next observation
+    has_next = ~timeouts  # after the other rows the next one goes on with the episode
     has_next[-1:] = False
-    if follow_d4rl:  # drops all others, and so does every published score
+    if follow_d4rl:  # drops the last row and all timeouts, and so does every published score
         return has_next
     if "next_observations" in arrays:
         return np.ones_like(has_next)
-    return has_next | terminals  # after a terminal row nothing is to be known
+    return has_next | terminals  # what follows a terminal row is multiplied by 0
 
 
 def read_columns(path: Path) -> dict[str, np.ndarray]:
@@ -697,8 +718,9 @@ def check_layout(path: Path, columns: dict[str, h5py.Dataset]) -> None:
         else:
             fits = column.shape[1:] in ((), (1,)) and column.ndim > 0
         require(fits, f"{path} has wrong shapes: {key} is {column.shape}")
+        # Compressed, rows take a thousandth of their size at best.
         declared = math.prod(column.shape) * column.dtype.itemsize
-        plausible = declared <= 2000 * path.stat().st_size  # compression saves a factor of 1,000
+        plausible = declared <= 2000 * path.stat().st_size
         require(plausible, f"{path}: {key} declares {len(column):,} rows, more than the file holds")
     lengths = {key: len(column) for key, column in columns.items()}
     require(len(set(lengths.values())) == 1, f"{path} has columns of different lengths: {lengths}")
@@ -716,7 +738,7 @@ def find_ends(path: Path, arrays: dict[str, np.ndarray]) -> tuple[np.ndarray, np
     if "timeouts" in arrays:
         return terminals, arrays["timeouts"] != 0
     if "next_observations" in arrays:  # a cut is where the next row begins with something else
-        following = np.roll(arrays["observations"], -1, axis=0)
+        following = np.roll(arrays["observations"], -1, axis=0)  # the last row's is the first
         return terminals, (arrays["next_observations"] != following).any(axis=1)
     require(
         terminals[-1:].all(),
@@ -785,13 +807,19 @@ class Task(NamedTuple):
     env_spec: gym.envs.registration.EnvSpec | None
     low: np.ndarray  # (act_dim,): the simulator's bounds, else the log's smallest actions
     high: np.ndarray
+    ref_min: float  # return of score 0; NaN: raw returns are reported
+    ref_max: float  # return of score 100
 
 
 def make_task(dataset: Dataset, eval_env_id: str | None) -> Task:
     """Try the simulator for a step, hold it against the dataset; UserError if it is no match."""
     env_id = eval_env_id or dataset.env
+    ref_min, ref_max = dataset.ref_min, dataset.ref_max
+    if eval_env_id:  # the dataset's references are not those of another simulator
+        ref_min = ref_max = math.nan
     if env_id is None:
-        return Task(None, dataset.actions.min(axis=0), dataset.actions.max(axis=0))
+        low, high = dataset.actions.min(axis=0), dataset.actions.max(axis=0)
+        return Task(None, low, high, ref_min, ref_max)
     env = make_env(env_id)
     for space in (env.observation_space, env.action_space):
         vector = isinstance(space, gym.spaces.Box) and len(space.shape) == 1
@@ -801,7 +829,7 @@ def make_task(dataset: Dataset, eval_env_id: str | None) -> Task:
     expected = (env.observation_space.shape, env.action_space.shape)
     require(shapes == expected, f"the dataset has shapes {shapes}, {env.spec.id} {expected}")
 
-    task = Task(env.spec, env.action_space.low, env.action_space.high)
+    task = Task(env.spec, env.action_space.low, env.action_space.high, ref_min, ref_max)
     rounding = 1e-6 * np.maximum(np.abs(task.low), np.abs(task.high))  # of a log in float32
     middle, half = middle_and_half(task)
     in_bounds = np.abs(dataset.actions - middle) <= (1 + 1e-5) * half + rounding
@@ -819,16 +847,16 @@ def make_task(dataset: Dataset, eval_env_id: str | None) -> Task:
     return task
 
 
-def make_env(env_id: str | gym.envs.registration.EnvSpec | minari.MinariDataset) -> gym.Env:
+def make_env(source: str | gym.envs.registration.EnvSpec | minari.MinariDataset) -> gym.Env:
     """A simulator to evaluate in, without warnings about its version."""
     mujoco.set_mju_user_warning(lambda message: None)
     gym.logger.min_level = gym.logger.ERROR  # -v4 is old, and what D4RL's scores compare with
     try:
-        if isinstance(env_id, minari.MinariDataset):
-            return env_id.recover_environment(eval_env=True)
-        return gym.make(env_id)
+        if isinstance(source, minari.MinariDataset):
+            return source.recover_environment(eval_env=True)
+        return gym.make(source)
     except Exception as error:  # unknown id, missing package, or the environment's own
-        raise UserError(f"cannot make the environment {env_id}: {error}") from error
+        raise UserError(f"cannot make the environment {source}: {error}") from error
 
 
 def middle_and_half(task: Task) -> tuple[np.ndarray, np.ndarray]:
@@ -854,7 +882,7 @@ class Policy(dict):
         x = np.tanh(x @ self["layer3.weight"] + self["layer3.bias"])
         low, high = self["low"], self["high"]
         actions = np.clip(low + (np.float64(x) + 1) / 2 * (high - low), low, high)
-        if low.dtype.kind in "iu":
+        if low.dtype.kind in "iu":  # a Box of integers
             actions = np.rint(actions)
         return actions.astype(low.dtype)
 
@@ -872,8 +900,8 @@ def make_policies(actor: MLP, task: Task) -> list[Policy]:
     return policies
 
 
-def run_episode(policy: Policy, env_spec, seed: int, stopped: list) -> float:
-    """Return of one deterministic episode; NaN if a signal stopped it."""
+def run_episode(policy: Policy, env_spec, seed: int, stopped: list) -> float | None:
+    """Return of one deterministic episode; None if a signal stopped it."""
     env = make_env(env_spec)
     observation, _ = env.reset(seed=seed)
     episode_return = 0.0
@@ -881,7 +909,7 @@ def run_episode(policy: Policy, env_spec, seed: int, stopped: list) -> float:
         observation, reward, terminated, truncated, _ = env.step(policy(observation))
         episode_return += float(reward)
         if stopped:
-            return math.nan
+            return None
         if terminated or truncated:
             break
     env.close()
@@ -890,7 +918,7 @@ def run_episode(policy: Policy, env_spec, seed: int, stopped: list) -> float:
 
 def make_workers(num_workers: int) -> Executor:
     if num_workers == 0:
-        return ThreadPoolExecutor(1)  # submit() as with processes; the caller waits
+        return ThreadPoolExecutor(1)  # so that there are futures to wait for in either case
     os.environ["OMP_NUM_THREADS"] = "1"  # of a worker; this process has read its own
     return ProcessPoolExecutor(num_workers, get_context("spawn"), init_worker)
 
@@ -920,22 +948,25 @@ def start_evaluation(workers: Executor, agent, task: Task, num_updates: int, arg
     return pending
 
 
-def finish_evaluation(pending: list, scores: list, dataset: Dataset, run_dir, tracker) -> None:
+def finish_evaluation(pending: list, scores: list, task: Task, run_dir, tracker) -> None:
     """Wait for the evaluation under way, if there is one; write, show and track its scores."""
     rows = []
     for num_updates, seed, futures in pending:
-        mean_return = float(np.mean([future.result() for future in futures]))
-        score = 100 * (mean_return - dataset.ref_min) / (dataset.ref_max - dataset.ref_min)
+        returns = [future.result() for future in futures]
+        if None in returns:  # a signal stopped it: a resumed run evaluates anew
+            return
+        mean_return = float(np.mean(returns))
+        score = 100 * (mean_return - task.ref_min) / (task.ref_max - task.ref_min)
         rows.append({"update": num_updates, "seed": seed, "return": mean_return, "score": score})
+    if not pending:
+        return
     pending.clear()
-    if not rows or any(math.isnan(row["return"]) for row in rows):
-        return  # nothing was under way, or a signal stopped it: a resumed run evaluates anew
     scores.extend(rows)
     lines = [",".join(scores[0]), *(",".join(map(str, row.values())) for row in scores)]
     with replacing(run_dir / "scores.csv") as file:
         file.write("\n".join([*lines, ""]).encode())
 
-    metric = metric_of(dataset)
+    metric = metric_of(task)
     values = [row[metric] for row in rows]
     mean, std = np.mean(values), np.std(values)
     tqdm.write(f"update {rows[0]['update']:>9,}   {metric} {mean:.1f} ± {std:.1f}")
@@ -944,15 +975,16 @@ def finish_evaluation(pending: list, scores: list, dataset: Dataset, run_dir, tr
         tracker.log({"update": rows[0]["update"], f"charts/{metric}": mean, **each_seed})
 
 
-def metric_of(dataset: Dataset) -> str:
-    return "return" if np.isnan(dataset.ref_min) else "score"  # without references, raw returns
+def metric_of(task: Task) -> str:
+    return "return" if np.isnan(task.ref_min) else "score"  # without references, raw returns
 
 
 def evaluations_left(args, task: Task, num_updates: int, scores: list) -> list[int]:
     """The updates at which the agent is still to be evaluated: every eval_freq, and at the end."""
+    # A checkpoint stands before its evaluation: one that is resumed may still be without scores.
     evaluated = scores[-1]["update"] if scores else 0
-    if task.env_spec is None:
-        evaluated = num_updates  # checkpoints alone, and those so far are written
+    if task.env_spec is None:  # nothing to evaluate: these are the times of checkpoints
+        evaluated = num_updates
     points = [*range(args.eval_freq, args.num_updates, args.eval_freq), args.num_updates]
     return [point for point in points if point > evaluated]
 
@@ -1072,11 +1104,11 @@ def leave(number: int, num_updates: int, run_dir: Path, is_resumed: bool) -> Non
     sys.exit(128 + number)
 
 
-def write_result(run_dir: Path, scores: list, dataset: Dataset, config, quality, timing) -> None:
+def write_result(run_dir: Path, scores: list, task: Task, config, quality, timing) -> None:
     """result.json: the last evaluation and the mean of the last ten, never the best."""
     result, text = {"metric": None}, "trained, not evaluated"
     if scores:
-        metric, num_seeds = metric_of(dataset), config["num_seeds"]
+        metric, num_seeds = metric_of(task), config["num_seeds"]
         table = np.array([row[metric] for row in scores]).reshape(-1, num_seeds)
         last, last_10 = table[-1], table[-10:].mean(axis=0)
         text = f"{metric} {last.mean():.1f} ± {last.std():.1f} over {num_seeds} seed(s)"
@@ -1109,17 +1141,20 @@ def choose_device(name: str) -> torch.device:
 
 def choose_precision(name: str, device: torch.device, state: dict | None) -> str:
     """torch's fastest setting under which a float32 product is one; a resumed run keeps its own."""
-    capabilities = torch.cpu.get_capabilities()
-    # On x86, medium hands products to oneDNN, which rounds to bfloat16 only where there is AMX.
-    is_x86 = capabilities.get("architecture") == "x86_64"
-    exact = device.type == "cpu" and is_x86 and not capabilities.get("amx_bf16", True)
     if name != "auto":
         return name
+    # On x86, medium hands products to oneDNN, often the faster library, which rounds them to
+    # bfloat16 only where the processor has AMX.
+    cpu = torch.cpu.get_capabilities()
+    has_amx = cpu.get("amx_bf16", True) or cpu.get("architecture") != "x86_64"
+    medium_is_float32 = device.type == "cpu" and not has_amx
     if state is None:
-        return "medium" if exact else "highest"
+        return "medium" if medium_is_float32 else "highest"
     before = state["config"]["matmul_precision"]
-    keeps = before == "highest" or exact or state["config"]["device"] != "cpu"
-    require(keeps, f"--matmul-precision {before} was float32 where the run began, but is not here")
+    keeps = before == "highest" or medium_is_float32 or device.type == "cuda"
+    require(
+        keeps, f"the run began with --matmul-precision {before}, which is bfloat16 here: give it"
+    )
     return before
 
 
@@ -1145,18 +1180,21 @@ def use_functions(compiled: bool) -> None:
 
 
 def compile_function(function):
+    """The function compiled; if that fails at its first call, all go on as they are."""
     compiled = torch.compile(function, fullgraph=True, dynamic=False)
 
-    def call(*inputs):
+    def first_call(*inputs):
         try:
-            return compiled(*inputs)
+            result = compiled(*inputs)
         except (RuntimeError, OSError) as error:  # a compiler can fail in many ways
             use_functions(compiled=False)
             reason = " ".join(str(error).split())[:200]
             tqdm.write(f"warning: cannot compile, going on without: {reason}", file=sys.stderr)
             return function(*inputs)
+        globals()[function.__name__] = compiled
+        return result
 
-    return call
+    return first_call
 
 
 def repeat(step, generators: list[torch.Generator], recorded: bool):
@@ -1176,7 +1214,7 @@ def repeat(step, generators: list[torch.Generator], recorded: bool):
     with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
         result = step()  # is recorded, computes nothing
     while True:
-        graph.replay()
+        graph.replay()  # overwrites the tensors of `result`
         yield result
 
 
@@ -1209,10 +1247,11 @@ def check_arguments(args: Args) -> None:
         args.resume or not held,
         f"{args.run_dir} already holds a run: --resume, or another --run-dir",
     )
-    check_shared_arguments(args)
+    check_common_arguments(args)
 
 
-def check_shared_arguments(args) -> None:
+def check_common_arguments(args) -> None:
+    """Of arguments that reward_model.py has as well."""
     fraction = args.label_fraction
     require(fraction is None or 0 < fraction <= 1, "--label-fraction must be in (0, 1]")
     require(0 < args.reward_hidden_dim, "--reward-hidden-dim must be at least 1")
@@ -1223,17 +1262,21 @@ def check_shared_arguments(args) -> None:
     require(not no_gpu, "--device cuda: there is no usable GPU here")
 
 
-def check_rewards(args: Args, dataset: Dataset) -> None:
-    """What can be known about the rewards before a reward model is fitted."""
-    oracle = args.rewards == "oracle"
-    require(
-        not oracle or not np.isnan(dataset.rewards).any(), "--rewards oracle needs every reward"
-    )
-    one_episode = dataset.episode_ids[-1] == 0
-    require(
-        not (args.scale_rewards and one_episode),
-        "--scale-rewards needs the returns of two episodes, and the dataset is a single one",
-    )
+def check_rewards(args: Args, dataset: Dataset, labels: np.ndarray) -> None:
+    """What can be wrong with the rewards, before a reward model is fitted."""
+    if args.rewards == "oracle":
+        known = not np.isnan(dataset.rewards).any()
+        require(known, "--rewards oracle needs every reward, and some are NaN")
+    if args.rewards == "imputed":
+        check_labels(dataset, labels)
+        one_episode = dataset.episode_ids[-1] == 0
+        require(
+            not (args.scale_rewards and one_episode),
+            "--scale-rewards needs the returns of two episodes, and the dataset is a single one",
+        )
+    elif args.scale_rewards:
+        rewards = agent_rewards(args.rewards, dataset, labels, None)
+        reward_scale(rewards, labels, dataset, args.rewards == "labeled")
 
 
 def fingerprint(dataset: Dataset) -> str:
@@ -1319,16 +1362,16 @@ def main(args: Args) -> None:
     dataset = load_dataset(args.env_id, args.dataset_path)
     task = make_task(dataset, args.eval_env_id)
     labels = split_labels(dataset.rewards, args.label_fraction, seeds)
-    check_rewards(args, dataset)
-    state = read_checkpoint(args.run_dir, device) if args.resume else None
-    config = make_config(args, dataset, device, state)
+    check_rewards(args, dataset, labels)
+    checkpoint = read_checkpoint(args.run_dir, device) if args.resume else None
+    config = make_config(args, dataset, device, checkpoint)
     if args.resume and (args.run_dir / "result.json").exists():
         return print(f"{args.run_dir} holds a finished run: see its result.json and scores.csv")
     print_header(dataset, labels, task, config)
     set_speed(config["matmul_precision"], config["compile"])
     name = f"{dataset.name}__td3bc_imputed__{args.rewards}__{args.seed}"
     run_dir = make_run_dir(args.run_dir, name)
-    tracker = start_tracking(run_dir, config, state) if args.track else None
+    tracker = start_tracking(run_dir, config, checkpoint) if args.track else None
     write_config(run_dir, config, args.resume)
 
     # 2. What stands for the hidden rewards: the reward model's predictions (Eq. 4, Eq. 5).
@@ -1336,8 +1379,8 @@ def main(args: Args) -> None:
     if args.rewards == "imputed":
         generators = make_generators(seeds, stream=1)
         reward_model = RewardModel(dataset, labels, generators, args).to(device)
-        if state:
-            reward_model.load_state_dict(state["reward_model"])
+        if checkpoint:
+            reward_model.load_state_dict(checkpoint["reward_model"])
         else:
             fit_reward_model(reward_model, dataset, labels, generators, args)
         imputed = impute_rewards(reward_model, dataset, labels)
@@ -1355,8 +1398,8 @@ def main(args: Args) -> None:
     # Draws for all seeds together, so a seed's batches and noise depend on --num-seeds.
     generator = torch.Generator(device).manual_seed(args.seed)
     num_updates, scores = 0, []
-    if state:
-        num_updates, scores = restore(state, agent, generator)
+    if checkpoint:
+        num_updates, scores = restore(checkpoint, agent, generator)
 
     # 4. Training. A checkpoint stands before every evaluation; a signal stops between two updates.
     is_recorded = args.cuda_graph and device.type == "cuda"
@@ -1375,9 +1418,9 @@ def main(args: Args) -> None:
                 progress.update(args.policy_freq)
                 if tracker and num_updates % args.log_freq == 0:
                     log_losses(tracker, num_updates, losses, updates_per_second())
-            # With workers, the last evaluation ran meanwhile: its scores belong in the checkpoint.
-            finish_evaluation(pending, scores, dataset, run_dir, tracker)
-            state = {
+            # With workers, the evaluation before this one: its scores belong in the checkpoint.
+            finish_evaluation(pending, scores, task, run_dir, tracker)
+            checkpoint = {
                 "config": config,
                 "num_updates": num_updates,
                 "scores": scores,
@@ -1387,14 +1430,15 @@ def main(args: Args) -> None:
                 "track_id": tracker.id if tracker else None,
             }
             with replacing(run_dir / "checkpoint.pt") as file:
-                torch.save(state, file)
+                torch.save(checkpoint, file)
             if not stopped:
                 pending = start_evaluation(workers, agent, task, num_updates, args, stopped)
-            if args.eval_workers == 0:
-                finish_evaluation(pending, scores, dataset, run_dir, tracker)
+            if args.eval_workers == 0:  # this evaluation; with workers, while training goes on
+                finish_evaluation(pending, scores, task, run_dir, tracker)
             if stopped:
                 break
-        finish_evaluation(pending, scores, dataset, run_dir, tracker)
+        # With workers, the last evaluation.
+        finish_evaluation(pending, scores, task, run_dir, tracker)
     progress.close()
     if stopped and evaluations_left(args, task, num_updates, scores):
         leave(stopped[0], num_updates, run_dir, args.resume)
@@ -1404,7 +1448,7 @@ def main(args: Args) -> None:
         with replacing(run_dir / f"policy_seed{seed}.npz") as file:
             np.savez(file, **policy)
     timing = {"preparation_seconds": ready - started, "updates_per_second": updates_per_second()}
-    write_result(run_dir, scores, dataset, config, quality, timing)
+    write_result(run_dir, scores, task, config, quality, timing)
     if tracker:
         tracker.finish()
 
