@@ -124,13 +124,13 @@ class Dataset(NamedTuple):
     """N transitions in episode order, and where a policy trained on them can be evaluated."""
 
     observations: np.ndarray  # (N, obs_dim), float32
-    actions: np.ndarray  # (N, act_dim), in the log's own units
+    actions: np.ndarray  # (N, act_dim), float32, in the log's own units
     rewards: np.ndarray  # (N,), NaN where nobody labelled
     next_observations: np.ndarray  # (N, obs_dim)
     terminals: np.ndarray  # (N,), 1 = the task ended: no bootstrap
     episode_ids: np.ndarray  # (N,), int64, consecutive from 0
     # For evaluation only:
-    env: str | minari.MinariDataset | None  # names or holds the simulator, None if there is none
+    env: object  # a Gymnasium id or a MinariDataset, which holds one; None if there is no simulator
     ref_min: float  # return of score 0; NaN: raw returns are reported
     ref_max: float  # return of score 100
     name: str
@@ -155,19 +155,22 @@ class BatchedLinear(nn.Module):
 
 
 class MLP(nn.Module):
-    """Two hidden layers on normalised inputs, once per seed."""
+    """Two hidden layers on normalised inputs, once per seed; `widths` are those of its inputs."""
 
-    def __init__(self, mean, std, hidden_dim: int, out_dim: int, generators: list[torch.Generator]):
+    def __init__(self, widths: list[int], mean, std, hidden_dim: int, out_dim: int, generators):
         super().__init__()
+        self.widths = widths  # [obs_dim], or [obs_dim, act_dim]
         # The normaliser is part of the network, so that a saved network is complete.
         self.register_buffer("mean", mean)  # (seeds, 1, in_dim); of a reward model (in_dim,)
         self.register_buffer("std", std)
-        self.layer1 = BatchedLinear(mean.shape[-1], hidden_dim, generators)
+        self.layer1 = BatchedLinear(sum(widths), hidden_dim, generators)
         self.layer2 = BatchedLinear(hidden_dim, hidden_dim, generators)
         self.layer3 = BatchedLinear(hidden_dim, out_dim, generators)
 
     def forward(self, *inputs: torch.Tensor) -> torch.Tensor:
         """Of observations (seeds, batch, obs_dim), or of observations and actions."""
+        widths = [x.shape[-1] for x in inputs]
+        assert widths == self.widths, f"inputs have widths {widths}, not {self.widths}"
         x = (torch.cat(inputs, dim=-1) - self.mean) / self.std
         x = F.relu(self.layer1(x))
         x = F.relu(self.layer2(x))
@@ -302,7 +305,9 @@ class RewardModel(nn.Module):
         if args.reward_model == "gp":
             self.model = GaussianProcess(mean.float(), std.float(), *labels.shape)
         else:
-            self.model = MLP(mean.float(), std.float(), args.reward_hidden_dim, 1, generators)
+            widths = [observations.shape[1], actions.shape[1]]
+            mean, std, hidden_dim = mean.float(), std.float(), args.reward_hidden_dim
+            self.model = MLP(widths, mean, std, hidden_dim, 1, generators)
 
     def forward(self, observations: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
         """(seeds, batch, ...) -> (seeds, batch)."""
@@ -323,7 +328,9 @@ def reward_backward(model: MLP, observations, actions, rewards) -> None:
 
 
 def fit_reward_model(reward_model: RewardModel, dataset: Dataset, labels, generators, args) -> None:
-    """Minimise Eq. 4 on each seed's labelled transitions, or condition the Gaussian process."""
+    """Minimise Eq. 4 on each seed's labelled transitions, or condition the Gaussian process.
+
+    Of `dataset` it sees observations, actions and rewards; of `args`, reward_* and cuda_graph."""
     model, device = reward_model.model, reward_model.reward_mean.device
     observations = torch.from_numpy(dataset.observations[labels]).to(device)  # (seeds, labels, ...)
     actions = torch.from_numpy(dataset.actions[labels]).to(device)
@@ -424,12 +431,12 @@ class Agent:
             torch.ones(len(generators), 1, obs_dim),
         )
         # A Gaussian policy: its mean is tanh of the network, its std the same for all states.
-        self.actor = MLP(zero, one, 256, act_dim, generators)
+        self.actor = MLP([obs_dim], zero, one, 256, act_dim, generators)
         self.actor.log_std = nn.Parameter(torch.zeros(len(generators), 1, act_dim))
-        self.value = MLP(zero, one, 256, 1, generators)
+        self.value = MLP([obs_dim], zero, one, 256, 1, generators)
         zero, one = F.pad(zero, (0, act_dim), value=0.0), F.pad(one, (0, act_dim), value=1.0)
-        self.q1 = MLP(zero, one, 256, 1, generators)
-        self.q2 = MLP(zero, one, 256, 1, generators)
+        self.q1 = MLP([obs_dim, act_dim], zero, one, 256, 1, generators)
+        self.q2 = MLP([obs_dim, act_dim], zero, one, 256, 1, generators)
         for network in (self.actor, self.value, self.q1, self.q2):
             init_orthogonal(network, generators)
             network.to(device)
@@ -1160,8 +1167,9 @@ def write_result(run_dir: Path, scores: list, task: Task, config, quality, timin
             "last_10_std": last_10.std(),
         }
     result["reward_model"] = quality
-    for name in ("num_updates", "eval_episodes", "device", "matmul_precision", "compile"):
+    for name in ("num_updates", "eval_episodes", "device", "matmul_precision"):
         result[name] = config[name]
+    result["compile"] = gather is not EAGER["gather"]  # not if it was tried and failed
     result["timing"] = timing
     result["versions"] = {m.__name__: m.__version__ for m in (torch, np, gym, mujoco, minari)}
     result["script_sha256"] = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
@@ -1215,6 +1223,7 @@ EAGER |= {f.__name__: f for f in (actor_backward, critic_backward)}
 def use_functions(compiled: bool) -> None:
     """Let this file call the functions of EAGER as they are, or compiled: equal up to rounding."""
     torch._dynamo.config.trace_autograd_ops = True  # private: lets compiled code call backward()
+    torch._dynamo.config.recompile_limit = 100  # private: for that many shapes in one process
     for name, function in EAGER.items():
         globals()[name] = compile_function(function) if compiled else function
 

@@ -103,13 +103,13 @@ class Dataset(NamedTuple):
     """N transitions in episode order, and where a policy trained on them can be evaluated."""
 
     observations: np.ndarray  # (N, obs_dim), float32
-    actions: np.ndarray  # (N, act_dim), in the log's own units
+    actions: np.ndarray  # (N, act_dim), float32, in the log's own units
     rewards: np.ndarray  # (N,), NaN where nobody labelled
     next_observations: np.ndarray  # (N, obs_dim)
     terminals: np.ndarray  # (N,), 1 = the task ended: no bootstrap
     episode_ids: np.ndarray  # (N,), int64, consecutive from 0
     # For evaluation only:
-    env: str | minari.MinariDataset | None  # names or holds the simulator, None if there is none
+    env: object  # a Gymnasium id or a MinariDataset, which holds one; None if there is no simulator
     ref_min: float  # return of score 0; NaN: raw returns are reported
     ref_max: float  # return of score 100
     name: str
@@ -134,19 +134,22 @@ class BatchedLinear(nn.Module):
 
 
 class MLP(nn.Module):
-    """Two hidden layers on normalised inputs, once per seed."""
+    """Two hidden layers on normalised inputs, once per seed; `widths` are those of its inputs."""
 
-    def __init__(self, mean, std, hidden_dim: int, out_dim: int, generators: list[torch.Generator]):
+    def __init__(self, widths: list[int], mean, std, hidden_dim: int, out_dim: int, generators):
         super().__init__()
+        self.widths = widths  # [obs_dim], or [obs_dim, act_dim]
         # The normaliser is part of the network, so that a saved network is complete.
         self.register_buffer("mean", mean)  # (seeds, 1, in_dim); of a reward model (in_dim,)
         self.register_buffer("std", std)
-        self.layer1 = BatchedLinear(mean.shape[-1], hidden_dim, generators)
+        self.layer1 = BatchedLinear(sum(widths), hidden_dim, generators)
         self.layer2 = BatchedLinear(hidden_dim, hidden_dim, generators)
         self.layer3 = BatchedLinear(hidden_dim, out_dim, generators)
 
     def forward(self, *inputs: torch.Tensor) -> torch.Tensor:
         """Of observations (seeds, batch, obs_dim), or of observations and actions."""
+        widths = [x.shape[-1] for x in inputs]
+        assert widths == self.widths, f"inputs have widths {widths}, not {self.widths}"
         x = (torch.cat(inputs, dim=-1) - self.mean) / self.std
         x = F.relu(self.layer1(x))
         x = F.relu(self.layer2(x))
@@ -281,7 +284,9 @@ class RewardModel(nn.Module):
         if args.reward_model == "gp":
             self.model = GaussianProcess(mean.float(), std.float(), *labels.shape)
         else:
-            self.model = MLP(mean.float(), std.float(), args.reward_hidden_dim, 1, generators)
+            widths = [observations.shape[1], actions.shape[1]]
+            mean, std, hidden_dim = mean.float(), std.float(), args.reward_hidden_dim
+            self.model = MLP(widths, mean, std, hidden_dim, 1, generators)
 
     def forward(self, observations: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
         """(seeds, batch, ...) -> (seeds, batch)."""
@@ -302,7 +307,9 @@ def reward_backward(model: MLP, observations, actions, rewards) -> None:
 
 
 def fit_reward_model(reward_model: RewardModel, dataset: Dataset, labels, generators, args) -> None:
-    """Minimise Eq. 4 on each seed's labelled transitions, or condition the Gaussian process."""
+    """Minimise Eq. 4 on each seed's labelled transitions, or condition the Gaussian process.
+
+    Of `dataset` it sees observations, actions and rewards; of `args`, reward_* and cuda_graph."""
     model, device = reward_model.model, reward_model.reward_mean.device
     observations = torch.from_numpy(dataset.observations[labels]).to(device)  # (seeds, labels, ...)
     actions = torch.from_numpy(dataset.actions[labels]).to(device)
@@ -1000,6 +1007,7 @@ EAGER = {f.__name__: f for f in (gather, reward_backward)}
 def use_functions(compiled: bool) -> None:
     """Let this file call the functions of EAGER as they are, or compiled: equal up to rounding."""
     torch._dynamo.config.trace_autograd_ops = True  # private: lets compiled code call backward()
+    torch._dynamo.config.recompile_limit = 100  # private: for that many shapes in one process
     for name, function in EAGER.items():
         globals()[name] = compile_function(function) if compiled else function
 
