@@ -16,7 +16,8 @@
 4. Train all seeds at once, evaluating them in the simulator now and then.
 5. Report the last evaluation.
 
-After Romeo & Bagdanov (2024), "Offline Reinforcement Learning with Imputed Rewards".
+The equations are those of Romeo & Bagdanov (2024), "Offline Reinforcement Learning with Imputed
+Rewards".
 
     python iql_imputed.py --num-updates 20_000                               # bundled dataset
     python iql_imputed.py --env-id walker2d-medium-replay-v2 --num-seeds 5   # D4RL
@@ -70,9 +71,7 @@ class Args:
     # imputed: hidden rewards are predicted; labeled: the agent sees labelled transitions alone;
     # oracle: the true rewards; zero, mean: hidden ones are 0, or the mean of the labels (controls).
     rewards: Literal["imputed", "labeled", "oracle", "zero", "mean"] = "imputed"
-    label_fraction: float | None = (
-        None  # of the known rewards, not hidden (0.01; 1 if some are NaN)
-    )
+    label_fraction: float | None = None  # share of known rewards shown (0.01; 1 if some are NaN)
     scale_rewards: bool = True  # divide by the range of episode returns, times 1000, as IQL does
     reward_model: Literal["mlp", "gp"] = "mlp"  # the paper's; or a Gaussian process, for few labels
     reward_hidden_dim: int = 256  # width of the MLP's two hidden layers
@@ -87,7 +86,7 @@ class Args:
     learning_rate: float = 3e-4  # Adam's, for all networks; the actor's falls to 0 as a cosine
     batch_size: int = 256  # transitions in a batch, for each seed
     gamma: float = 0.99  # discount factor
-    tau: float = 0.005  # step of the targets towards the trained networks
+    tau: float = 0.005  # step of the targets towards the critics (IQL's paper calls it alpha)
     num_updates: int = 1_000_000  # updates of V, actor, Q and targets
 
     # Seeds and speed
@@ -144,7 +143,7 @@ class BatchedLinear(nn.Module):
         self.weight = nn.Parameter(torch.empty(len(generators), in_dim, out_dim))
         self.bias = nn.Parameter(torch.empty(len(generators), 1, out_dim))
         # nn.Linear's initialisation, each seed from its own generator: the same weights
-        # whether a seed runs alone or among others. (Batches do depend on it: see `sample`.)
+        # whether a seed runs alone or among others.
         bound = in_dim**-0.5
         for k, generator in enumerate(generators):
             nn.init.uniform_(self.weight.data[k], -bound, bound, generator=generator)
@@ -213,9 +212,10 @@ class GaussianProcess(nn.Module):
     b ~ N(0, 1), w_j ~ N(0, linear r_j), and a function g whose values at x and x' are alike if
     these are close, compared with lengths l_j. So f(x) and f(x') have the covariance
         k(x, x') = 1 + linear sum_j r_j x_j x'_j + smooth exp(-sum_j (x_j - x'_j)^2 / (2 l_j^2)).
-    Given labels y = f(X) + noise, the mean of f becomes
+    After labels y = f(X) + N(0, noise), the mean of f is
         f(x) = k(x, X) @ weights  with  weights = (k(X, X) + noise I)^-1 y.    (2.25)
-    Equations of Rasmussen & Williams (2006), Gaussian Processes for Machine Learning."""
+    The numbers noise, linear, r_j, smooth and l_j are found by fit(). Equations are those of
+    Rasmussen & Williams (2006), Gaussian Processes for Machine Learning."""
 
     def __init__(self, mean, std, num_seeds: int, num_labels: int):
         super().__init__()
@@ -227,16 +227,16 @@ class GaussianProcess(nn.Module):
         self.register_buffer("x", torch.zeros(num_seeds, num_labels, in_dim).double())
         self.register_buffer("weights", torch.zeros(num_seeds, num_labels, 1).double())
 
-        # Logarithms, so that what they stand for stays positive, of a guess for standard units:
-        # sums over the inputs are then of order 1. fit() starts there.
+        # Logarithms keep them positive. They start at a guess for inputs and labels of variance 1,
+        # with which the sums over the inputs are of order 1.
         def log_parameter(guess: float, width: int) -> nn.Parameter:
             return nn.Parameter(torch.full((num_seeds, 1, width), math.log(guess)).double())
 
         self.log_noise = log_parameter(math.exp(-1), 1)
-        self.log_linear = log_parameter(1 / in_dim, 1)  # of all inputs; r_j is the share of each
+        self.log_linear = log_parameter(1 / in_dim, 1)
         self.log_smooth = log_parameter(math.exp(-1), 1)
-        self.log_relevance = log_parameter(1.0, in_dim)
-        self.log_inverse_length = log_parameter(in_dim**-0.5, in_dim)
+        self.log_relevance = log_parameter(1.0, in_dim)  # r_j
+        self.log_inverse_length = log_parameter(in_dim**-0.5, in_dim)  # 1 / l_j
 
     def inputs(self, observations: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
         x = (torch.cat([observations, actions], dim=-1) - self.mean) / self.std
@@ -261,14 +261,14 @@ class GaussianProcess(nn.Module):
         # Labels are in the order of the log: of too many, take some evenly spaced ones.
         taken = torch.linspace(0, x.shape[1] - 1, self.x.shape[1]).long()
         x, y = x[:, taken], y[:, taken]
-        taken = torch.linspace(0, x.shape[1] - 1, min(x.shape[1], 500)).long()  # for parameters
-        some_x, some_y = x[:, taken], y[:, taken]
+        few = torch.linspace(0, x.shape[1] - 1, min(x.shape[1], 500)).long()  # enough for the loss
         starts = [parameter.detach().clone() for parameter in self.parameters()]
         optimizer = torch.optim.Adam(self.parameters(), lr=0.1)
         for _ in range(100):
-            # -log p(y | parameters), but for a constant (2.30).
-            L = self.cholesky(some_x)
-            white = torch.linalg.solve_triangular(L, some_y, upper=False)
+            # -log p(y | parameters), but for a constant (2.30): y' (L L')^-1 y / 2, which is
+            # |L^-1 y|^2 / 2, and log det(L L') / 2, which is the sum of log L_ii.
+            L = self.cholesky(x[:, few])
+            white = torch.linalg.solve_triangular(L, y[:, few], upper=False)
             loss = white.square().sum() / 2 + L.diagonal(dim1=1, dim2=2).log().sum()
             # -log p(parameters): a priori each is normal, with variance 1 around its start.
             for parameter, start in zip(self.parameters(), starts):
@@ -290,7 +290,7 @@ class RewardModel(nn.Module):
     def __init__(self, dataset: Dataset, labels: np.ndarray, generators, args):
         super().__init__()
         check_labels(dataset, labels)
-        mean, std = mean_and_std(torch.from_numpy(dataset.rewards[labels].T))  # of each seed
+        mean, std = mean_and_std(torch.from_numpy(dataset.rewards[labels].T))  # a column a seed
         self.register_buffer("reward_mean", mean.unsqueeze(1))  # (seeds, 1), float64
         self.register_buffer("reward_std", std.unsqueeze(1))
         # Observations and actions are known without labels, so all of them normalise. The std of
@@ -298,7 +298,7 @@ class RewardModel(nn.Module):
         observations, actions = map(torch.from_numpy, (dataset.observations, dataset.actions))
         mean, std = mean_and_std(observations)
         std = torch.maximum(std, (observations.amax(dim=0) - observations.amin(dim=0)) / 1000)
-        low, high = actions.amin(dim=0), actions.amax(dim=0)  # of the log: it needs no simulator
+        low, high = actions.amin(dim=0), actions.amax(dim=0)  # brought to [-1, 1], as the agent's
         mean = torch.cat([mean, (low + high) / 2])
         std = torch.cat([std, (high - low) / 2])
         std[std == 0] = 1  # an input that never changes
@@ -319,8 +319,7 @@ def check_labels(dataset: Dataset, labels: np.ndarray) -> None:
     require(differ, f"a seed's {labels.shape[1]} labelled rewards are all equal: label more")
 
 
-# A loss and its gradients are one function, here and below: compiled together (use_functions)
-# they are fastest.
+# Each loss comes with its backward() in one function: what --compile compiles.
 def reward_backward(model: MLP, observations, actions, rewards) -> None:
     """Eq. 4 of each seed, and its gradients."""
     loss = (model(observations, actions).squeeze(-1) - rewards).square().mean(dim=1)  # (seeds,)
@@ -344,7 +343,8 @@ def fit_reward_model(reward_model: RewardModel, dataset: Dataset, labels, genera
     num_seeds, num_labels = labels.shape
     batch_size = min(args.reward_batch_size, num_labels)
     num_batches = math.ceil(num_labels / batch_size)
-    # On a GPU a step is recorded and replayed, always on the same memory: `rows` is filled anew.
+    # Each next(steps) runs step() once. On a GPU it replays a recording, which reads the same
+    # memory each time: `rows` is filled anew.
     rows = torch.zeros(num_seeds, batch_size, dtype=torch.long, device=device)
 
     def step() -> None:
@@ -361,7 +361,7 @@ def fit_reward_model(reward_model: RewardModel, dataset: Dataset, labels, genera
         order = torch.cat([order, order[:, :missing]], dim=1).to(device)
         for batch_rows in order.split(batch_size, dim=1):
             rows.copy_(batch_rows)
-            next(steps)  # runs step()
+            next(steps)
 
 
 @torch.no_grad()
@@ -386,11 +386,11 @@ def imputation_quality(imputed: np.ndarray, dataset: Dataset, labels: np.ndarray
     known as a whole."""
     quality = {"r2": [], "mse": [], "mae": [], "return_correlation": []}
     true_returns = np.bincount(dataset.episode_ids, dataset.rewards)
-    known = ~np.isnan(true_returns)
+    is_known_episode = ~np.isnan(true_returns)
     for rewards, rows in zip(imputed, labels):
         hidden = ~np.isnan(dataset.rewards)
         hidden[rows] = False
-        if not hidden.any():
+        if not hidden.any():  # nor for another seed, all have equally many labels
             return None
         true = dataset.rewards[hidden].astype(np.float64)
         error = rewards[hidden] - true
@@ -398,8 +398,9 @@ def imputation_quality(imputed: np.ndarray, dataset: Dataset, labels: np.ndarray
         correlation = np.nan  # of less than two returns, or of equal ones
         with np.errstate(all="ignore"):
             quality["r2"].append(float(1 - np.mean(error**2) / np.var(true)))
-            if np.count_nonzero(known) > 1:
-                correlation = np.corrcoef(true_returns[known], returns[known])[0, 1]
+            if np.count_nonzero(is_known_episode) > 1:
+                pair = true_returns[is_known_episode], returns[is_known_episode]
+                correlation = np.corrcoef(*pair)[0, 1]
         quality["mse"].append(float(np.mean(error**2)))
         quality["mae"].append(float(np.mean(np.abs(error))))
         quality["return_correlation"].append(float(correlation))
@@ -407,9 +408,6 @@ def imputation_quality(imputed: np.ndarray, dataset: Dataset, labels: np.ndarray
 
 
 # --- IQL (Kostrikov et al. 2022) ---
-ACTION_BOUND = 1 - 1e-5  # the dataset's actions are clipped there, as in the original
-
-
 class Transitions(NamedTuple):
     """Each seed's rows of the dataset: all it may draw from, or one batch."""
 
@@ -421,22 +419,23 @@ class Transitions(NamedTuple):
 
 
 class Agent:
-    """Networks of all seeds; as in the original, they see observations as they are."""
+    """Networks of all seeds; as in the original, they see observations as they are.
+
+    Every attribute is part of a checkpoint."""
 
     def __init__(self, data: Transitions, generators: list[torch.Generator], args: Args):
-        device = data.observations.device
+        device, num_seeds = data.observations.device, len(generators)
         obs_dim, act_dim = data.observations.shape[-1], data.actions.shape[-1]
-        zero, one = (
-            torch.zeros(len(generators), 1, obs_dim),
-            torch.ones(len(generators), 1, obs_dim),
-        )
+
+        def raw(dim: int) -> tuple[torch.Tensor, torch.Tensor]:  # a mean and std without effect
+            return torch.zeros(num_seeds, 1, dim), torch.ones(num_seeds, 1, dim)
+
         # A Gaussian policy: its mean is tanh of the network, its std the same for all states.
-        self.actor = MLP([obs_dim], zero, one, 256, act_dim, generators)
-        self.actor.log_std = nn.Parameter(torch.zeros(len(generators), 1, act_dim))
-        self.value = MLP([obs_dim], zero, one, 256, 1, generators)
-        zero, one = F.pad(zero, (0, act_dim), value=0.0), F.pad(one, (0, act_dim), value=1.0)
-        self.q1 = MLP([obs_dim, act_dim], zero, one, 256, 1, generators)
-        self.q2 = MLP([obs_dim, act_dim], zero, one, 256, 1, generators)
+        self.actor = MLP([obs_dim], *raw(obs_dim), 256, act_dim, generators)
+        self.actor.log_std = nn.Parameter(torch.zeros(num_seeds, 1, act_dim))
+        self.value = MLP([obs_dim], *raw(obs_dim), 256, 1, generators)
+        self.q1 = MLP([obs_dim, act_dim], *raw(obs_dim + act_dim), 256, 1, generators)
+        self.q2 = MLP([obs_dim, act_dim], *raw(obs_dim + act_dim), 256, 1, generators)
         for network in (self.actor, self.value, self.q1, self.q2):
             init_orthogonal(network, generators)
             network.to(device)
@@ -475,17 +474,18 @@ def target_q(agent: Agent, batch: Transitions) -> torch.Tensor:
 
 
 def value_loss(agent: Agent, batch: Transitions, q: torch.Tensor, args: Args) -> torch.Tensor:
-    """Expectile regression of V(s) on Q(s, a), (seeds,): errors above count more than below."""
+    """Eq. 5 of IQL: expectile regression of V(s) on Q(s, a), larger Q counting more; (seeds,)."""
     advantage = q - agent.value(batch.observations).squeeze(-1)
     weight = torch.where(advantage > 0, args.expectile, 1 - args.expectile)
     return (weight * advantage.square()).mean(dim=1)
 
 
 def actor_loss(agent: Agent, batch: Transitions, q: torch.Tensor, args: Args) -> torch.Tensor:
-    """Cloning of the dataset's actions, each weighted by exp(advantage), (seeds,)."""
+    """Eq. 7 of IQL: cloning, each action weighted by exp(temperature * advantage); (seeds,)."""
     with torch.no_grad():
         advantage = q - agent.value(batch.observations).squeeze(-1)
         weight = torch.exp(args.temperature * advantage).clamp(max=100)
+    # tanh bounds the mean, not a sample: this is the density of a plain Gaussian.
     mean = agent.actor(batch.observations).tanh()
     log_std = agent.actor.log_std.clamp(-5, 2)
     error = (batch.actions - mean) / log_std.exp()
@@ -494,7 +494,7 @@ def actor_loss(agent: Agent, batch: Transitions, q: torch.Tensor, args: Args) ->
 
 
 def critic_loss(agent: Agent, batch: Transitions, args: Args) -> torch.Tensor:
-    """Regression of both critics on r + gamma V(s'), (seeds,)."""
+    """Eq. 6 of IQL: regression of both critics on r + gamma V(s'); (seeds,)."""
     with torch.no_grad():
         next_value = agent.value(batch.next_observations).squeeze(-1)
         target = batch.rewards + args.gamma * (1 - batch.terminals) * next_value
@@ -544,7 +544,7 @@ def update(agent: Agent, data: Transitions, generator: torch.Generator, args: Ar
 
 
 def set_actor_rate(agent: Agent, num_updates: int, args: Args) -> None:
-    """The cosine; in place, since a recorded update reads this very tensor."""
+    """Before each update: the actor's rate falls to 0 as a cosine; in place, for CUDA graphs."""
     cosine = math.cos(math.pi * num_updates / args.num_updates)
     agent.actor_optimizer.param_groups[0]["lr"].fill_(args.learning_rate * (1 + cosine) / 2)
 
@@ -567,7 +567,7 @@ def agent_rewards(kind: str, dataset: Dataset, labels: np.ndarray, imputed) -> n
     if kind == "mean":
         rewards[:] = labelled.mean(axis=1, dtype=np.float64, keepdims=True)
     np.put_along_axis(rewards, labels, labelled, axis=1)  # zero, mean: labels stay as they are
-    return rewards
+    return rewards  # labeled: main() keeps the labelled rows alone
 
 
 def reward_scale(rewards: np.ndarray, labels: np.ndarray, dataset: Dataset, labeled_only: bool):
@@ -582,7 +582,7 @@ def reward_scale(rewards: np.ndarray, labels: np.ndarray, dataset: Dataset, labe
         episodes, ids, counts = np.unique(
             dataset.episode_ids[rows], return_inverse=True, return_counts=True
         )
-        # Of all rows, counts are the lengths, and this is the sum of the rewards.
+        # Of all rows: the sum of the rewards. Of labels: their mean times the episode's length.
         returns = np.bincount(ids, seed_rewards[rows]) / counts * lengths[episodes]
         differ = np.ptp(returns) > 1e-6 * np.abs(returns).max()
         require(differ, "all episode returns are equal: --scale-rewards has nothing to divide by")
@@ -590,9 +590,12 @@ def reward_scale(rewards: np.ndarray, labels: np.ndarray, dataset: Dataset, labe
     return np.float32(scales)
 
 
-def make_transitions(dataset: Dataset, rewards: np.ndarray, task, bound: float, device):
+ACTION_BOUND = 1 - 1e-5  # of a scaled action, as in the original
+
+
+def make_transitions(dataset: Dataset, rewards: np.ndarray, task, device) -> Transitions:
     """All transitions as tensors (seeds, N, ...); seeds share everything but the rewards."""
-    actions = scale_actions(dataset.actions, task).clip(-bound, bound)
+    actions = scale_actions(dataset.actions, task).clip(-ACTION_BOUND, ACTION_BOUND)
 
     def share(array: np.ndarray) -> torch.Tensor:  # a view for each seed, not a copy
         return torch.from_numpy(array).to(device).expand(len(rewards), *array.shape)
@@ -725,7 +728,7 @@ def read_hdf5(path: Path, follow_d4rl: bool) -> dict[str, np.ndarray]:
 
 def find_transitions(arrays: dict, terminals, timeouts, follow_d4rl: bool) -> np.ndarray:
     """The rows that are whole transitions, (rows,), bool."""
-    has_next = ~timeouts  # after the other rows the next one goes on with the episode
+    has_next = ~timeouts  # the next row goes on, or nothing does, at a terminal
     has_next[-1:] = False
     if follow_d4rl:  # drops the last row and all timeouts, and so does every published score
         return has_next
@@ -853,8 +856,8 @@ class Task(NamedTuple):
     env_spec: gym.envs.registration.EnvSpec | None
     low: np.ndarray  # (act_dim,): the simulator's bounds, else the log's smallest actions
     high: np.ndarray
-    ref_min: float  # return of score 0; NaN: raw returns are reported
-    ref_max: float  # return of score 100
+    ref_min: float  # the dataset's; NaN in another simulator: raw returns are reported
+    ref_max: float
 
 
 def make_task(dataset: Dataset, eval_env_id: str | None) -> Task:
@@ -1008,10 +1011,7 @@ def finish_evaluation(pending: list, scores: list, task: Task, run_dir, tracker)
         return
     pending.clear()
     scores.extend(rows)
-    lines = [",".join(scores[0]), *(",".join(map(str, row.values())) for row in scores)]
-    with replacing(run_dir / "scores.csv") as file:
-        file.write("\n".join([*lines, ""]).encode())
-
+    write_csv(run_dir / "scores.csv", scores)
     metric = metric_of(task)
     values = [row[metric] for row in rows]
     mean, std = np.mean(values), np.std(values)
@@ -1022,12 +1022,13 @@ def finish_evaluation(pending: list, scores: list, task: Task, run_dir, tracker)
 
 
 def metric_of(task: Task) -> str:
-    return "return" if np.isnan(task.ref_min) else "score"  # without references, raw returns
+    no_references = math.isnan(task.ref_max - task.ref_min)
+    return "return" if no_references else "score"
 
 
 def evaluations_left(args, task: Task, num_updates: int, scores: list) -> list[int]:
     """The updates at which the agent is still to be evaluated: every eval_freq, and at the end."""
-    # A checkpoint stands before its evaluation: one that is resumed may still be without scores.
+    # A checkpoint is written before its evaluation, which a resumed run may still owe.
     evaluated = scores[-1]["update"] if scores else 0
     if task.env_spec is None:  # nothing to evaluate: these are the times of checkpoints
         evaluated = num_updates
@@ -1048,6 +1049,14 @@ def replacing(path: Path):
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_csv(path: Path, rows: list[dict]) -> None:
+    lines = [",".join(rows[0])]
+    for row in rows:
+        lines.append(",".join(map(str, row.values())))
+    with replacing(path) as file:
+        file.write("\n".join([*lines, ""]).encode())
 
 
 def write_json(path: Path, content: dict) -> None:
@@ -1106,12 +1115,12 @@ def read_checkpoint(run_dir: Path, device: torch.device) -> dict | None:
     return state
 
 
-def restore(state: dict, agent, generator: torch.Generator) -> tuple[int, list]:
+def restore(resumed: dict, agent, generator: torch.Generator) -> tuple[int, list]:
     """Put agent and generator back to where they were; number of updates, scores so far."""
-    generator.set_state(state["generator"].cpu())
+    generator.set_state(resumed["generator"].cpu())
     for name, part in vars(agent).items():
-        part.load_state_dict(state["agent"][name])
-    return state["num_updates"], state["scores"]
+        part.load_state_dict(resumed["agent"][name])
+    return resumed["num_updates"], resumed["scores"]
 
 
 def check_same_run(path: Path, before: dict, config: dict) -> None:
@@ -1123,11 +1132,11 @@ def check_same_run(path: Path, before: dict, config: dict) -> None:
     require(not changes, f"{path} was made with other arguments: {', '.join(changes)}")
 
 
-def start_tracking(run_dir: Path, config: dict, state: dict | None):
+def start_tracking(run_dir: Path, config: dict, resumed: dict | None):
     """A Weights & Biases run, the same one after a resume."""
     import wandb
 
-    run_id = state["track_id"] if state else None
+    run_id = resumed["track_id"] if resumed else None
     try:
         run = wandb.init(id=run_id, resume="allow", name=run_dir.name, config=config, dir=run_dir)
     except wandb.Error as error:  # no key, no network
@@ -1179,6 +1188,7 @@ def write_result(run_dir: Path, scores: list, task: Task, config, quality, timin
 
 # --- Speed ---
 def choose_device(name: str) -> torch.device:
+    """The device to train on; a GPU is made ready for recording."""
     if name == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
     torch.cuda.set_stream(torch.cuda.Stream())  # nothing can be recorded on the default stream
@@ -1186,7 +1196,7 @@ def choose_device(name: str) -> torch.device:
     return torch.device("cuda")
 
 
-def choose_precision(name: str, device: torch.device, state: dict | None) -> str:
+def choose_precision(name: str, device: torch.device, resumed: dict | None) -> str:
     """torch's fastest setting under which a float32 product is one; a resumed run keeps its own."""
     if name != "auto":
         return name
@@ -1195,9 +1205,9 @@ def choose_precision(name: str, device: torch.device, state: dict | None) -> str
     cpu = torch.cpu.get_capabilities()
     has_amx = cpu.get("amx_bf16", True) or cpu.get("architecture") != "x86_64"
     medium_is_float32 = device.type == "cpu" and not has_amx
-    if state is None:
+    if resumed is None:
         return "medium" if medium_is_float32 else "highest"
-    before = state["config"]["matmul_precision"]
+    before = resumed["config"]["matmul_precision"]
     keeps = before == "highest" or medium_is_float32 or device.type == "cuda"
     require(
         keeps, f"the run began with --matmul-precision {before}, which is bfloat16 here: give it"
@@ -1216,6 +1226,7 @@ def set_speed(precision: str, compiled: bool) -> None:
     use_functions(compiled)
 
 
+# What is worth compiling: use_functions() lets these names stand for compiled versions, or not.
 EAGER = {f.__name__: f for f in (gather, reward_backward, target_q, value_backward)}
 EAGER |= {f.__name__: f for f in (actor_backward, critic_backward)}
 
@@ -1328,16 +1339,16 @@ def fingerprint(dataset: Dataset) -> str:
     return digest.hexdigest()
 
 
-def make_config(args: Args, dataset: Dataset, device: torch.device, state: dict | None) -> dict:
+def make_config(args: Args, dataset: Dataset, device: torch.device, resumed: dict | None) -> dict:
     """What config.json records; UserError if a run is resumed with other arguments."""
     config = asdict(args)
     config["device"] = device.type
-    config["matmul_precision"] = choose_precision(args.matmul_precision, device, state)
+    config["matmul_precision"] = choose_precision(args.matmul_precision, device, resumed)
     config["compile"] = choose_compile(args.compile, args.num_updates)
     config["dataset"] = fingerprint(dataset)
-    config = json.loads(json.dumps(config, default=str))  # a Path becomes its text
-    if state:
-        check_same_run(args.run_dir, state["config"], config)
+    config = json.loads(json.dumps(config, default=str))  # as in the checkpoint, to compare
+    if resumed:
+        check_same_run(args.run_dir, resumed["config"], config)
     return config
 
 
@@ -1404,15 +1415,15 @@ def main(args: Args) -> None:
     task = make_task(dataset, args.eval_env_id)
     labels = split_labels(dataset.rewards, args.label_fraction, seeds)
     check_rewards(args, dataset, labels)
-    checkpoint = read_checkpoint(args.run_dir, device) if args.resume else None
-    config = make_config(args, dataset, device, checkpoint)
+    resumed = read_checkpoint(args.run_dir, device) if args.resume else None
+    config = make_config(args, dataset, device, resumed)
     if args.resume and (args.run_dir / "result.json").exists():
         return print(f"{args.run_dir} holds a finished run: see its result.json and scores.csv")
     print_header(dataset, labels, task, config)
     set_speed(config["matmul_precision"], config["compile"])
     name = f"{dataset.name}__iql_imputed__{args.rewards}__{args.seed}"
     run_dir = make_run_dir(args.run_dir, name)
-    tracker = start_tracking(run_dir, config, checkpoint) if args.track else None
+    tracker = start_tracking(run_dir, config, resumed) if args.track else None
     write_config(run_dir, config, args.resume)
 
     # 2. What stands for the hidden rewards: the reward model's predictions (Eq. 4, Eq. 5).
@@ -1420,8 +1431,8 @@ def main(args: Args) -> None:
     if args.rewards == "imputed":
         generators = make_generators(seeds, stream=1)
         reward_model = RewardModel(dataset, labels, generators, args).to(device)
-        if checkpoint:
-            reward_model.load_state_dict(checkpoint["reward_model"])
+        if resumed:
+            reward_model.load_state_dict(resumed["reward_model"])
         else:
             fit_reward_model(reward_model, dataset, labels, generators, args)
         imputed = impute_rewards(reward_model, dataset, labels)
@@ -1432,17 +1443,18 @@ def main(args: Args) -> None:
         rewards *= reward_scale(rewards, labels, dataset, args.rewards == "labeled")
 
     # 3. The agent, and the transitions it draws from.
-    data = make_transitions(dataset, rewards, task, ACTION_BOUND, device)
+    data = make_transitions(dataset, rewards, task, device)
     if args.rewards == "labeled":
         data = Transitions(*gather(data, torch.from_numpy(labels).to(device)))
     agent = Agent(data, make_generators(seeds, stream=2), args)
-    # Draws for all seeds together, so a seed's batches and noise depend on --num-seeds.
+    # Draws for all seeds together, so a seed's batches depend on --num-seeds.
     generator = torch.Generator(device).manual_seed(args.seed)
     num_updates, scores = 0, []
-    if checkpoint:
-        num_updates, scores = restore(checkpoint, agent, generator)
+    if resumed:
+        num_updates, scores = restore(resumed, agent, generator)
 
     # 4. Training. A checkpoint stands before every evaluation; a signal stops between two updates.
+    # With workers, an evaluation runs during the next updates, and is collected after them.
     is_recorded = args.cuda_graph and device.type == "cuda"
     steps = repeat(lambda: update(agent, data, generator, args), [generator], is_recorded)
     progress = tqdm(total=args.num_updates, initial=num_updates, unit="update", disable=None)
@@ -1460,7 +1472,7 @@ def main(args: Args) -> None:
                 progress.update(1)
                 if tracker and num_updates % args.log_freq == 0:
                     log_losses(tracker, num_updates, losses, updates_per_second())
-            # With workers, the evaluation before this one: its scores belong in the checkpoint.
+            # The evaluation before this one: its scores belong in the checkpoint.
             finish_evaluation(pending, scores, task, run_dir, tracker)
             checkpoint = {
                 "config": config,
@@ -1475,11 +1487,10 @@ def main(args: Args) -> None:
                 torch.save(checkpoint, file)
             if not stopped:
                 pending = start_evaluation(workers, agent, task, num_updates, args, stopped)
-            if args.eval_workers == 0:  # this evaluation; with workers, while training goes on
+            if args.eval_workers == 0:
                 finish_evaluation(pending, scores, task, run_dir, tracker)
             if stopped:
                 break
-        # With workers, the last evaluation.
         finish_evaluation(pending, scores, task, run_dir, tracker)
     progress.close()
     if stopped and evaluations_left(args, task, num_updates, scores):

@@ -14,7 +14,8 @@
 3. Judge them on the hidden rewards.
 4. Write the dataset with every hidden reward imputed (Eq. 5), for any offline RL library.
 
-After Romeo & Bagdanov (2024), "Offline Reinforcement Learning with Imputed Rewards".
+The equations are those of Romeo & Bagdanov (2024), "Offline Reinforcement Learning with Imputed
+Rewards".
 
     python reward_model.py                                                  # bundled dataset
     python reward_model.py --env-id walker2d-medium-replay-v2 --sweep       # how many labels?
@@ -61,9 +62,7 @@ class Args:
 
     # Rewards
 
-    label_fraction: float | None = (
-        None  # of the known rewards, not hidden (0.01; 1 if some are NaN)
-    )
+    label_fraction: float | None = None  # share of known rewards shown (0.01; 1 if some are NaN)
     reward_model: Literal["mlp", "gp"] = "mlp"  # the paper's; or a Gaussian process, for few labels
     reward_hidden_dim: int = 256  # width of the MLP's two hidden layers
     reward_epochs: int = 300  # its passes over the labelled transitions
@@ -123,7 +122,7 @@ class BatchedLinear(nn.Module):
         self.weight = nn.Parameter(torch.empty(len(generators), in_dim, out_dim))
         self.bias = nn.Parameter(torch.empty(len(generators), 1, out_dim))
         # nn.Linear's initialisation, each seed from its own generator: the same weights
-        # whether a seed runs alone or among others. (Batches do depend on it: see `sample`.)
+        # whether a seed runs alone or among others.
         bound = in_dim**-0.5
         for k, generator in enumerate(generators):
             nn.init.uniform_(self.weight.data[k], -bound, bound, generator=generator)
@@ -192,9 +191,10 @@ class GaussianProcess(nn.Module):
     b ~ N(0, 1), w_j ~ N(0, linear r_j), and a function g whose values at x and x' are alike if
     these are close, compared with lengths l_j. So f(x) and f(x') have the covariance
         k(x, x') = 1 + linear sum_j r_j x_j x'_j + smooth exp(-sum_j (x_j - x'_j)^2 / (2 l_j^2)).
-    Given labels y = f(X) + noise, the mean of f becomes
+    After labels y = f(X) + N(0, noise), the mean of f is
         f(x) = k(x, X) @ weights  with  weights = (k(X, X) + noise I)^-1 y.    (2.25)
-    Equations of Rasmussen & Williams (2006), Gaussian Processes for Machine Learning."""
+    The numbers noise, linear, r_j, smooth and l_j are found by fit(). Equations are those of
+    Rasmussen & Williams (2006), Gaussian Processes for Machine Learning."""
 
     def __init__(self, mean, std, num_seeds: int, num_labels: int):
         super().__init__()
@@ -206,16 +206,16 @@ class GaussianProcess(nn.Module):
         self.register_buffer("x", torch.zeros(num_seeds, num_labels, in_dim).double())
         self.register_buffer("weights", torch.zeros(num_seeds, num_labels, 1).double())
 
-        # Logarithms, so that what they stand for stays positive, of a guess for standard units:
-        # sums over the inputs are then of order 1. fit() starts there.
+        # Logarithms keep them positive. They start at a guess for inputs and labels of variance 1,
+        # with which the sums over the inputs are of order 1.
         def log_parameter(guess: float, width: int) -> nn.Parameter:
             return nn.Parameter(torch.full((num_seeds, 1, width), math.log(guess)).double())
 
         self.log_noise = log_parameter(math.exp(-1), 1)
-        self.log_linear = log_parameter(1 / in_dim, 1)  # of all inputs; r_j is the share of each
+        self.log_linear = log_parameter(1 / in_dim, 1)
         self.log_smooth = log_parameter(math.exp(-1), 1)
-        self.log_relevance = log_parameter(1.0, in_dim)
-        self.log_inverse_length = log_parameter(in_dim**-0.5, in_dim)
+        self.log_relevance = log_parameter(1.0, in_dim)  # r_j
+        self.log_inverse_length = log_parameter(in_dim**-0.5, in_dim)  # 1 / l_j
 
     def inputs(self, observations: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
         x = (torch.cat([observations, actions], dim=-1) - self.mean) / self.std
@@ -240,14 +240,14 @@ class GaussianProcess(nn.Module):
         # Labels are in the order of the log: of too many, take some evenly spaced ones.
         taken = torch.linspace(0, x.shape[1] - 1, self.x.shape[1]).long()
         x, y = x[:, taken], y[:, taken]
-        taken = torch.linspace(0, x.shape[1] - 1, min(x.shape[1], 500)).long()  # for parameters
-        some_x, some_y = x[:, taken], y[:, taken]
+        few = torch.linspace(0, x.shape[1] - 1, min(x.shape[1], 500)).long()  # enough for the loss
         starts = [parameter.detach().clone() for parameter in self.parameters()]
         optimizer = torch.optim.Adam(self.parameters(), lr=0.1)
         for _ in range(100):
-            # -log p(y | parameters), but for a constant (2.30).
-            L = self.cholesky(some_x)
-            white = torch.linalg.solve_triangular(L, some_y, upper=False)
+            # -log p(y | parameters), but for a constant (2.30): y' (L L')^-1 y / 2, which is
+            # |L^-1 y|^2 / 2, and log det(L L') / 2, which is the sum of log L_ii.
+            L = self.cholesky(x[:, few])
+            white = torch.linalg.solve_triangular(L, y[:, few], upper=False)
             loss = white.square().sum() / 2 + L.diagonal(dim1=1, dim2=2).log().sum()
             # -log p(parameters): a priori each is normal, with variance 1 around its start.
             for parameter, start in zip(self.parameters(), starts):
@@ -269,7 +269,7 @@ class RewardModel(nn.Module):
     def __init__(self, dataset: Dataset, labels: np.ndarray, generators, args):
         super().__init__()
         check_labels(dataset, labels)
-        mean, std = mean_and_std(torch.from_numpy(dataset.rewards[labels].T))  # of each seed
+        mean, std = mean_and_std(torch.from_numpy(dataset.rewards[labels].T))  # a column a seed
         self.register_buffer("reward_mean", mean.unsqueeze(1))  # (seeds, 1), float64
         self.register_buffer("reward_std", std.unsqueeze(1))
         # Observations and actions are known without labels, so all of them normalise. The std of
@@ -277,7 +277,7 @@ class RewardModel(nn.Module):
         observations, actions = map(torch.from_numpy, (dataset.observations, dataset.actions))
         mean, std = mean_and_std(observations)
         std = torch.maximum(std, (observations.amax(dim=0) - observations.amin(dim=0)) / 1000)
-        low, high = actions.amin(dim=0), actions.amax(dim=0)  # of the log: it needs no simulator
+        low, high = actions.amin(dim=0), actions.amax(dim=0)  # brought to [-1, 1], as the agent's
         mean = torch.cat([mean, (low + high) / 2])
         std = torch.cat([std, (high - low) / 2])
         std[std == 0] = 1  # an input that never changes
@@ -298,8 +298,7 @@ def check_labels(dataset: Dataset, labels: np.ndarray) -> None:
     require(differ, f"a seed's {labels.shape[1]} labelled rewards are all equal: label more")
 
 
-# A loss and its gradients are one function, here and below: compiled together (use_functions)
-# they are fastest.
+# Each loss comes with its backward() in one function: what --compile compiles.
 def reward_backward(model: MLP, observations, actions, rewards) -> None:
     """Eq. 4 of each seed, and its gradients."""
     loss = (model(observations, actions).squeeze(-1) - rewards).square().mean(dim=1)  # (seeds,)
@@ -323,7 +322,8 @@ def fit_reward_model(reward_model: RewardModel, dataset: Dataset, labels, genera
     num_seeds, num_labels = labels.shape
     batch_size = min(args.reward_batch_size, num_labels)
     num_batches = math.ceil(num_labels / batch_size)
-    # On a GPU a step is recorded and replayed, always on the same memory: `rows` is filled anew.
+    # Each next(steps) runs step() once. On a GPU it replays a recording, which reads the same
+    # memory each time: `rows` is filled anew.
     rows = torch.zeros(num_seeds, batch_size, dtype=torch.long, device=device)
 
     def step() -> None:
@@ -340,7 +340,7 @@ def fit_reward_model(reward_model: RewardModel, dataset: Dataset, labels, genera
         order = torch.cat([order, order[:, :missing]], dim=1).to(device)
         for batch_rows in order.split(batch_size, dim=1):
             rows.copy_(batch_rows)
-            next(steps)  # runs step()
+            next(steps)
 
 
 @torch.no_grad()
@@ -365,11 +365,11 @@ def imputation_quality(imputed: np.ndarray, dataset: Dataset, labels: np.ndarray
     known as a whole."""
     quality = {"r2": [], "mse": [], "mae": [], "return_correlation": []}
     true_returns = np.bincount(dataset.episode_ids, dataset.rewards)
-    known = ~np.isnan(true_returns)
+    is_known_episode = ~np.isnan(true_returns)
     for rewards, rows in zip(imputed, labels):
         hidden = ~np.isnan(dataset.rewards)
         hidden[rows] = False
-        if not hidden.any():
+        if not hidden.any():  # nor for another seed, all have equally many labels
             return None
         true = dataset.rewards[hidden].astype(np.float64)
         error = rewards[hidden] - true
@@ -377,8 +377,9 @@ def imputation_quality(imputed: np.ndarray, dataset: Dataset, labels: np.ndarray
         correlation = np.nan  # of less than two returns, or of equal ones
         with np.errstate(all="ignore"):
             quality["r2"].append(float(1 - np.mean(error**2) / np.var(true)))
-            if np.count_nonzero(known) > 1:
-                correlation = np.corrcoef(true_returns[known], returns[known])[0, 1]
+            if np.count_nonzero(is_known_episode) > 1:
+                pair = true_returns[is_known_episode], returns[is_known_episode]
+                correlation = np.corrcoef(*pair)[0, 1]
         quality["mse"].append(float(np.mean(error**2)))
         quality["mae"].append(float(np.mean(np.abs(error))))
         quality["return_correlation"].append(float(correlation))
@@ -389,10 +390,11 @@ def imputation_quality(imputed: np.ndarray, dataset: Dataset, labels: np.ndarray
 def linear_regression(dataset: Dataset, labels: np.ndarray) -> np.ndarray:
     """Each seed's rewards by least squares on (s, a, 1), labels included; (seeds, N)."""
     rewards = np.empty((len(labels), len(dataset.rewards)), np.float32)
+    inputs = np.hstack([dataset.observations, dataset.actions]).astype(np.float64)
     for seed_rewards, rows in zip(rewards, labels):
-        inputs = np.hstack([dataset.observations, dataset.actions]).astype(np.float64)
-        center, true = inputs[rows].mean(axis=0), dataset.rewards[rows].astype(np.float64)
-        weights, *_ = np.linalg.lstsq(inputs[rows] - center, true - true.mean(), rcond=None)
+        center = inputs[rows].mean(axis=0)  # instead of a column of ones: exact in any unit
+        true = dataset.rewards[rows].astype(np.float64)
+        weights, *_ = np.linalg.lstsq(inputs[rows] - center, true - true.mean())
         seed_rewards[:] = (inputs - center) @ weights + true.mean()
     return rewards
 
@@ -424,8 +426,10 @@ def posterior_std(reward_model: RewardModel, observations, actions) -> torch.Ten
     That of f by equation 2.26 of Rasmussen & Williams (2006), and the noise of the labels."""
     gp = reward_model.model
     x = gp.inputs(observations, actions)
-    solved = torch.linalg.solve_triangular(gp.cholesky(gp.x), gp.kernel(gp.x, x), upper=False)
-    variance = gp.kernel(x, x).diagonal(dim1=1, dim2=2) - solved.square().sum(dim=1)
+    L = gp.cholesky(gp.x)
+    solved = torch.linalg.solve_triangular(L, gp.kernel(gp.x, x), upper=False)
+    prior = gp.kernel(x, x).diagonal(dim1=1, dim2=2)
+    variance = prior - solved.square().sum(dim=1)
     noise = gp.log_noise.exp().squeeze(-1)
     return reward_model.reward_std * (variance.clamp(min=0) + noise).sqrt()
 
@@ -460,7 +464,8 @@ def print_quality(quality: dict[str, dict]) -> None:
     titles = ["train MSE", "R2", "MSE", "MAE", "return correlation"]
     print("\n" + " " * 8 + "".join(title.rjust(22) for title in titles))
     for name, numbers in quality.items():
-        print(name.ljust(8) + "".join(mean_std(values).rjust(22) for values in numbers.values()))
+        cells = [mean_std(values).rjust(22) for values in numbers.values()]
+        print(name.ljust(8) + "".join(cells))
     print()
 
 
@@ -546,13 +551,12 @@ def sweep(dataset: Dataset, seeds: range, args: Args, device, run_dir: Path) -> 
         for kind in ("mlp", "gp", "linear"):
             _, predicted = fit_and_predict(kind, dataset, labels, seeds, args, device)
             r2 = judge(predicted, dataset, labels)["r2"]
-            row = {"labels": count, "model": kind, "r2_mean": np.mean(r2), "r2_std": np.std(r2)}
-            table.append(row | {"r2_worst": np.min(r2)})
+            row = {"labels": count, "model": kind}
+            row |= {"r2_mean": np.mean(r2), "r2_std": np.std(r2), "r2_worst": np.min(r2)}
+            table.append(row)
             print(f"{count:10,} labels   {kind:6s}   R2 {mean_std(r2)}")
     require(len(table) > 0, "--sweep: there are not enough labels to hide some of them")
-    lines = [",".join(table[0]), *(",".join(map(str, row.values())) for row in table)]
-    with replacing(run_dir / "sweep.csv") as file:
-        file.write("\n".join([*lines, ""]).encode())
+    write_csv(run_dir / "sweep.csv", table)
     save_picture(run_dir / "sweep.png", sweep_figure(table))
     return table
 
@@ -693,7 +697,7 @@ def read_hdf5(path: Path, follow_d4rl: bool) -> dict[str, np.ndarray]:
 
 def find_transitions(arrays: dict, terminals, timeouts, follow_d4rl: bool) -> np.ndarray:
     """The rows that are whole transitions, (rows,), bool."""
-    has_next = ~timeouts  # after the other rows the next one goes on with the episode
+    has_next = ~timeouts  # the next row goes on, or nothing does, at a terminal
     has_next[-1:] = False
     if follow_d4rl:  # drops the last row and all timeouts, and so does every published score
         return has_next
@@ -855,7 +859,8 @@ def read_episodes(args: Args, dataset: Dataset) -> list[dict[str, np.ndarray]]:
     follows = (dataset.next_observations[:-1] == dataset.observations[1:]).all(axis=1)
     follows &= np.diff(dataset.episode_ids) == 0
     episodes = []
-    for rows in np.split(np.arange(len(dataset.rewards)), np.flatnonzero(~follows) + 1):
+    starts = np.flatnonzero(~follows) + 1
+    for rows in np.split(np.arange(len(dataset.rewards)), starts):
         last, terminations = rows[-1], dataset.terminals[rows] == 1
         final = dataset.next_observations[last]
         if terminations[-1] and not has_next:  # the file does not tell: the last one stands in
@@ -926,6 +931,14 @@ def replacing(path: Path):
         temporary.unlink(missing_ok=True)
 
 
+def write_csv(path: Path, rows: list[dict]) -> None:
+    lines = [",".join(rows[0])]
+    for row in rows:
+        lines.append(",".join(map(str, row.values())))
+    with replacing(path) as file:
+        file.write("\n".join([*lines, ""]).encode())
+
+
 def write_json(path: Path, content: dict) -> None:
     text = json.dumps(content, default=str)  # a Path becomes its text
     content = json.loads(text, parse_constant=lambda name: None)  # JSON knows no NaN: null
@@ -964,6 +977,7 @@ def write_config(run_dir: Path, config: dict, resume: bool) -> None:
 
 # --- Speed ---
 def choose_device(name: str) -> torch.device:
+    """The device to train on; a GPU is made ready for recording."""
     if name == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
     torch.cuda.set_stream(torch.cuda.Stream())  # nothing can be recorded on the default stream
@@ -971,7 +985,7 @@ def choose_device(name: str) -> torch.device:
     return torch.device("cuda")
 
 
-def choose_precision(name: str, device: torch.device, state: dict | None) -> str:
+def choose_precision(name: str, device: torch.device, resumed: dict | None) -> str:
     """torch's fastest setting under which a float32 product is one; a resumed run keeps its own."""
     if name != "auto":
         return name
@@ -980,9 +994,9 @@ def choose_precision(name: str, device: torch.device, state: dict | None) -> str
     cpu = torch.cpu.get_capabilities()
     has_amx = cpu.get("amx_bf16", True) or cpu.get("architecture") != "x86_64"
     medium_is_float32 = device.type == "cpu" and not has_amx
-    if state is None:
+    if resumed is None:
         return "medium" if medium_is_float32 else "highest"
-    before = state["config"]["matmul_precision"]
+    before = resumed["config"]["matmul_precision"]
     keeps = before == "highest" or medium_is_float32 or device.type == "cuda"
     require(
         keeps, f"the run began with --matmul-precision {before}, which is bfloat16 here: give it"
@@ -1001,6 +1015,7 @@ def set_speed(precision: str, compiled: bool) -> None:
     use_functions(compiled)
 
 
+# What is worth compiling: use_functions() lets these names stand for compiled versions, or not.
 EAGER = {f.__name__: f for f in (gather, reward_backward)}
 
 
@@ -1091,7 +1106,9 @@ def check_common_arguments(args) -> None:
 def hold_out(labels: np.ndarray, seeds: range) -> np.ndarray:
     """Four fifths of each seed's labels, where there is no other reward to judge on."""
     count = max(1, int(0.8 * labels.shape[1]))
-    draws = [np.random.default_rng(s).permutation(rows)[:count] for s, rows in zip(seeds, labels)]
+    draws = []
+    for seed, rows in zip(seeds, labels):
+        draws.append(np.random.default_rng(seed).permutation(rows)[:count])
     return np.sort(draws, axis=1)
 
 

@@ -16,7 +16,8 @@
 4. Train all seeds at once, evaluating them in the simulator now and then.
 5. Report the last evaluation.
 
-After Romeo & Bagdanov (2024), "Offline Reinforcement Learning with Imputed Rewards".
+The equations are those of Romeo & Bagdanov (2024), "Offline Reinforcement Learning with Imputed
+Rewards".
 
     python td3bc_imputed.py --num-updates 20_000                               # bundled dataset
     python td3bc_imputed.py --env-id walker2d-medium-replay-v2 --num-seeds 5   # D4RL
@@ -70,9 +71,7 @@ class Args:
     # imputed: hidden rewards are predicted; labeled: the agent sees labelled transitions alone;
     # oracle: the true rewards; zero, mean: hidden ones are 0, or the mean of the labels (controls).
     rewards: Literal["imputed", "labeled", "oracle", "zero", "mean"] = "imputed"
-    label_fraction: float | None = (
-        None  # of the known rewards, not hidden (0.01; 1 if some are NaN)
-    )
+    label_fraction: float | None = None  # share of known rewards shown (0.01; 1 if some are NaN)
     scale_rewards: bool = False  # divide by the range of episode returns, times 1000, as IQL does
     reward_model: Literal["mlp", "gp"] = "mlp"  # the paper's; or a Gaussian process, for few labels
     reward_hidden_dim: int = 256  # width of the MLP's two hidden layers
@@ -146,7 +145,7 @@ class BatchedLinear(nn.Module):
         self.weight = nn.Parameter(torch.empty(len(generators), in_dim, out_dim))
         self.bias = nn.Parameter(torch.empty(len(generators), 1, out_dim))
         # nn.Linear's initialisation, each seed from its own generator: the same weights
-        # whether a seed runs alone or among others. (Batches do depend on it: see `sample`.)
+        # whether a seed runs alone or among others.
         bound = in_dim**-0.5
         for k, generator in enumerate(generators):
             nn.init.uniform_(self.weight.data[k], -bound, bound, generator=generator)
@@ -215,9 +214,10 @@ class GaussianProcess(nn.Module):
     b ~ N(0, 1), w_j ~ N(0, linear r_j), and a function g whose values at x and x' are alike if
     these are close, compared with lengths l_j. So f(x) and f(x') have the covariance
         k(x, x') = 1 + linear sum_j r_j x_j x'_j + smooth exp(-sum_j (x_j - x'_j)^2 / (2 l_j^2)).
-    Given labels y = f(X) + noise, the mean of f becomes
+    After labels y = f(X) + N(0, noise), the mean of f is
         f(x) = k(x, X) @ weights  with  weights = (k(X, X) + noise I)^-1 y.    (2.25)
-    Equations of Rasmussen & Williams (2006), Gaussian Processes for Machine Learning."""
+    The numbers noise, linear, r_j, smooth and l_j are found by fit(). Equations are those of
+    Rasmussen & Williams (2006), Gaussian Processes for Machine Learning."""
 
     def __init__(self, mean, std, num_seeds: int, num_labels: int):
         super().__init__()
@@ -229,16 +229,16 @@ class GaussianProcess(nn.Module):
         self.register_buffer("x", torch.zeros(num_seeds, num_labels, in_dim).double())
         self.register_buffer("weights", torch.zeros(num_seeds, num_labels, 1).double())
 
-        # Logarithms, so that what they stand for stays positive, of a guess for standard units:
-        # sums over the inputs are then of order 1. fit() starts there.
+        # Logarithms keep them positive. They start at a guess for inputs and labels of variance 1,
+        # with which the sums over the inputs are of order 1.
         def log_parameter(guess: float, width: int) -> nn.Parameter:
             return nn.Parameter(torch.full((num_seeds, 1, width), math.log(guess)).double())
 
         self.log_noise = log_parameter(math.exp(-1), 1)
-        self.log_linear = log_parameter(1 / in_dim, 1)  # of all inputs; r_j is the share of each
+        self.log_linear = log_parameter(1 / in_dim, 1)
         self.log_smooth = log_parameter(math.exp(-1), 1)
-        self.log_relevance = log_parameter(1.0, in_dim)
-        self.log_inverse_length = log_parameter(in_dim**-0.5, in_dim)
+        self.log_relevance = log_parameter(1.0, in_dim)  # r_j
+        self.log_inverse_length = log_parameter(in_dim**-0.5, in_dim)  # 1 / l_j
 
     def inputs(self, observations: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
         x = (torch.cat([observations, actions], dim=-1) - self.mean) / self.std
@@ -263,14 +263,14 @@ class GaussianProcess(nn.Module):
         # Labels are in the order of the log: of too many, take some evenly spaced ones.
         taken = torch.linspace(0, x.shape[1] - 1, self.x.shape[1]).long()
         x, y = x[:, taken], y[:, taken]
-        taken = torch.linspace(0, x.shape[1] - 1, min(x.shape[1], 500)).long()  # for parameters
-        some_x, some_y = x[:, taken], y[:, taken]
+        few = torch.linspace(0, x.shape[1] - 1, min(x.shape[1], 500)).long()  # enough for the loss
         starts = [parameter.detach().clone() for parameter in self.parameters()]
         optimizer = torch.optim.Adam(self.parameters(), lr=0.1)
         for _ in range(100):
-            # -log p(y | parameters), but for a constant (2.30).
-            L = self.cholesky(some_x)
-            white = torch.linalg.solve_triangular(L, some_y, upper=False)
+            # -log p(y | parameters), but for a constant (2.30): y' (L L')^-1 y / 2, which is
+            # |L^-1 y|^2 / 2, and log det(L L') / 2, which is the sum of log L_ii.
+            L = self.cholesky(x[:, few])
+            white = torch.linalg.solve_triangular(L, y[:, few], upper=False)
             loss = white.square().sum() / 2 + L.diagonal(dim1=1, dim2=2).log().sum()
             # -log p(parameters): a priori each is normal, with variance 1 around its start.
             for parameter, start in zip(self.parameters(), starts):
@@ -292,7 +292,7 @@ class RewardModel(nn.Module):
     def __init__(self, dataset: Dataset, labels: np.ndarray, generators, args):
         super().__init__()
         check_labels(dataset, labels)
-        mean, std = mean_and_std(torch.from_numpy(dataset.rewards[labels].T))  # of each seed
+        mean, std = mean_and_std(torch.from_numpy(dataset.rewards[labels].T))  # a column a seed
         self.register_buffer("reward_mean", mean.unsqueeze(1))  # (seeds, 1), float64
         self.register_buffer("reward_std", std.unsqueeze(1))
         # Observations and actions are known without labels, so all of them normalise. The std of
@@ -300,7 +300,7 @@ class RewardModel(nn.Module):
         observations, actions = map(torch.from_numpy, (dataset.observations, dataset.actions))
         mean, std = mean_and_std(observations)
         std = torch.maximum(std, (observations.amax(dim=0) - observations.amin(dim=0)) / 1000)
-        low, high = actions.amin(dim=0), actions.amax(dim=0)  # of the log: it needs no simulator
+        low, high = actions.amin(dim=0), actions.amax(dim=0)  # brought to [-1, 1], as the agent's
         mean = torch.cat([mean, (low + high) / 2])
         std = torch.cat([std, (high - low) / 2])
         std[std == 0] = 1  # an input that never changes
@@ -321,8 +321,7 @@ def check_labels(dataset: Dataset, labels: np.ndarray) -> None:
     require(differ, f"a seed's {labels.shape[1]} labelled rewards are all equal: label more")
 
 
-# A loss and its gradients are one function, here and below: compiled together (use_functions)
-# they are fastest.
+# Each loss comes with its backward() in one function: what --compile compiles.
 def reward_backward(model: MLP, observations, actions, rewards) -> None:
     """Eq. 4 of each seed, and its gradients."""
     loss = (model(observations, actions).squeeze(-1) - rewards).square().mean(dim=1)  # (seeds,)
@@ -346,7 +345,8 @@ def fit_reward_model(reward_model: RewardModel, dataset: Dataset, labels, genera
     num_seeds, num_labels = labels.shape
     batch_size = min(args.reward_batch_size, num_labels)
     num_batches = math.ceil(num_labels / batch_size)
-    # On a GPU a step is recorded and replayed, always on the same memory: `rows` is filled anew.
+    # Each next(steps) runs step() once. On a GPU it replays a recording, which reads the same
+    # memory each time: `rows` is filled anew.
     rows = torch.zeros(num_seeds, batch_size, dtype=torch.long, device=device)
 
     def step() -> None:
@@ -363,7 +363,7 @@ def fit_reward_model(reward_model: RewardModel, dataset: Dataset, labels, genera
         order = torch.cat([order, order[:, :missing]], dim=1).to(device)
         for batch_rows in order.split(batch_size, dim=1):
             rows.copy_(batch_rows)
-            next(steps)  # runs step()
+            next(steps)
 
 
 @torch.no_grad()
@@ -388,11 +388,11 @@ def imputation_quality(imputed: np.ndarray, dataset: Dataset, labels: np.ndarray
     known as a whole."""
     quality = {"r2": [], "mse": [], "mae": [], "return_correlation": []}
     true_returns = np.bincount(dataset.episode_ids, dataset.rewards)
-    known = ~np.isnan(true_returns)
+    is_known_episode = ~np.isnan(true_returns)
     for rewards, rows in zip(imputed, labels):
         hidden = ~np.isnan(dataset.rewards)
         hidden[rows] = False
-        if not hidden.any():
+        if not hidden.any():  # nor for another seed, all have equally many labels
             return None
         true = dataset.rewards[hidden].astype(np.float64)
         error = rewards[hidden] - true
@@ -400,8 +400,9 @@ def imputation_quality(imputed: np.ndarray, dataset: Dataset, labels: np.ndarray
         correlation = np.nan  # of less than two returns, or of equal ones
         with np.errstate(all="ignore"):
             quality["r2"].append(float(1 - np.mean(error**2) / np.var(true)))
-            if np.count_nonzero(known) > 1:
-                correlation = np.corrcoef(true_returns[known], returns[known])[0, 1]
+            if np.count_nonzero(is_known_episode) > 1:
+                pair = true_returns[is_known_episode], returns[is_known_episode]
+                correlation = np.corrcoef(*pair)[0, 1]
         quality["mse"].append(float(np.mean(error**2)))
         quality["mae"].append(float(np.mean(np.abs(error))))
         quality["return_correlation"].append(float(correlation))
@@ -409,9 +410,6 @@ def imputation_quality(imputed: np.ndarray, dataset: Dataset, labels: np.ndarray
 
 
 # --- TD3+BC (Fujimoto & Gu 2021) ---
-ACTION_BOUND = 1.0  # the dataset's actions are clipped there (IQL's original: a little less)
-
-
 class Transitions(NamedTuple):
     """Each seed's rows of the dataset: all it may draw from, or one batch."""
 
@@ -423,7 +421,9 @@ class Transitions(NamedTuple):
 
 
 class Agent:
-    """Networks of all seeds, normalising with what each seed's agent may see."""
+    """Networks of all seeds, normalising with what each seed's agent may see.
+
+    Every attribute is part of a checkpoint."""
 
     def __init__(self, data: Transitions, generators: list[torch.Generator], args: Args):
         device = data.observations.device
@@ -530,7 +530,7 @@ def agent_rewards(kind: str, dataset: Dataset, labels: np.ndarray, imputed) -> n
     if kind == "mean":
         rewards[:] = labelled.mean(axis=1, dtype=np.float64, keepdims=True)
     np.put_along_axis(rewards, labels, labelled, axis=1)  # zero, mean: labels stay as they are
-    return rewards
+    return rewards  # labeled: main() keeps the labelled rows alone
 
 
 def reward_scale(rewards: np.ndarray, labels: np.ndarray, dataset: Dataset, labeled_only: bool):
@@ -545,7 +545,7 @@ def reward_scale(rewards: np.ndarray, labels: np.ndarray, dataset: Dataset, labe
         episodes, ids, counts = np.unique(
             dataset.episode_ids[rows], return_inverse=True, return_counts=True
         )
-        # Of all rows, counts are the lengths, and this is the sum of the rewards.
+        # Of all rows: the sum of the rewards. Of labels: their mean times the episode's length.
         returns = np.bincount(ids, seed_rewards[rows]) / counts * lengths[episodes]
         differ = np.ptp(returns) > 1e-6 * np.abs(returns).max()
         require(differ, "all episode returns are equal: --scale-rewards has nothing to divide by")
@@ -553,9 +553,12 @@ def reward_scale(rewards: np.ndarray, labels: np.ndarray, dataset: Dataset, labe
     return np.float32(scales)
 
 
-def make_transitions(dataset: Dataset, rewards: np.ndarray, task, bound: float, device):
+ACTION_BOUND = 1.0  # of a scaled action (IQL's original: a little less)
+
+
+def make_transitions(dataset: Dataset, rewards: np.ndarray, task, device) -> Transitions:
     """All transitions as tensors (seeds, N, ...); seeds share everything but the rewards."""
-    actions = scale_actions(dataset.actions, task).clip(-bound, bound)
+    actions = scale_actions(dataset.actions, task).clip(-ACTION_BOUND, ACTION_BOUND)
 
     def share(array: np.ndarray) -> torch.Tensor:  # a view for each seed, not a copy
         return torch.from_numpy(array).to(device).expand(len(rewards), *array.shape)
@@ -688,7 +691,7 @@ def read_hdf5(path: Path, follow_d4rl: bool) -> dict[str, np.ndarray]:
 
 def find_transitions(arrays: dict, terminals, timeouts, follow_d4rl: bool) -> np.ndarray:
     """The rows that are whole transitions, (rows,), bool."""
-    has_next = ~timeouts  # after the other rows the next one goes on with the episode
+    has_next = ~timeouts  # the next row goes on, or nothing does, at a terminal
     has_next[-1:] = False
     if follow_d4rl:  # drops the last row and all timeouts, and so does every published score
         return has_next
@@ -816,8 +819,8 @@ class Task(NamedTuple):
     env_spec: gym.envs.registration.EnvSpec | None
     low: np.ndarray  # (act_dim,): the simulator's bounds, else the log's smallest actions
     high: np.ndarray
-    ref_min: float  # return of score 0; NaN: raw returns are reported
-    ref_max: float  # return of score 100
+    ref_min: float  # the dataset's; NaN in another simulator: raw returns are reported
+    ref_max: float
 
 
 def make_task(dataset: Dataset, eval_env_id: str | None) -> Task:
@@ -971,10 +974,7 @@ def finish_evaluation(pending: list, scores: list, task: Task, run_dir, tracker)
         return
     pending.clear()
     scores.extend(rows)
-    lines = [",".join(scores[0]), *(",".join(map(str, row.values())) for row in scores)]
-    with replacing(run_dir / "scores.csv") as file:
-        file.write("\n".join([*lines, ""]).encode())
-
+    write_csv(run_dir / "scores.csv", scores)
     metric = metric_of(task)
     values = [row[metric] for row in rows]
     mean, std = np.mean(values), np.std(values)
@@ -985,12 +985,13 @@ def finish_evaluation(pending: list, scores: list, task: Task, run_dir, tracker)
 
 
 def metric_of(task: Task) -> str:
-    return "return" if np.isnan(task.ref_min) else "score"  # without references, raw returns
+    no_references = math.isnan(task.ref_max - task.ref_min)
+    return "return" if no_references else "score"
 
 
 def evaluations_left(args, task: Task, num_updates: int, scores: list) -> list[int]:
     """The updates at which the agent is still to be evaluated: every eval_freq, and at the end."""
-    # A checkpoint stands before its evaluation: one that is resumed may still be without scores.
+    # A checkpoint is written before its evaluation, which a resumed run may still owe.
     evaluated = scores[-1]["update"] if scores else 0
     if task.env_spec is None:  # nothing to evaluate: these are the times of checkpoints
         evaluated = num_updates
@@ -1011,6 +1012,14 @@ def replacing(path: Path):
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_csv(path: Path, rows: list[dict]) -> None:
+    lines = [",".join(rows[0])]
+    for row in rows:
+        lines.append(",".join(map(str, row.values())))
+    with replacing(path) as file:
+        file.write("\n".join([*lines, ""]).encode())
 
 
 def write_json(path: Path, content: dict) -> None:
@@ -1069,12 +1078,12 @@ def read_checkpoint(run_dir: Path, device: torch.device) -> dict | None:
     return state
 
 
-def restore(state: dict, agent, generator: torch.Generator) -> tuple[int, list]:
+def restore(resumed: dict, agent, generator: torch.Generator) -> tuple[int, list]:
     """Put agent and generator back to where they were; number of updates, scores so far."""
-    generator.set_state(state["generator"].cpu())
+    generator.set_state(resumed["generator"].cpu())
     for name, part in vars(agent).items():
-        part.load_state_dict(state["agent"][name])
-    return state["num_updates"], state["scores"]
+        part.load_state_dict(resumed["agent"][name])
+    return resumed["num_updates"], resumed["scores"]
 
 
 def check_same_run(path: Path, before: dict, config: dict) -> None:
@@ -1086,11 +1095,11 @@ def check_same_run(path: Path, before: dict, config: dict) -> None:
     require(not changes, f"{path} was made with other arguments: {', '.join(changes)}")
 
 
-def start_tracking(run_dir: Path, config: dict, state: dict | None):
+def start_tracking(run_dir: Path, config: dict, resumed: dict | None):
     """A Weights & Biases run, the same one after a resume."""
     import wandb
 
-    run_id = state["track_id"] if state else None
+    run_id = resumed["track_id"] if resumed else None
     try:
         run = wandb.init(id=run_id, resume="allow", name=run_dir.name, config=config, dir=run_dir)
     except wandb.Error as error:  # no key, no network
@@ -1142,6 +1151,7 @@ def write_result(run_dir: Path, scores: list, task: Task, config, quality, timin
 
 # --- Speed ---
 def choose_device(name: str) -> torch.device:
+    """The device to train on; a GPU is made ready for recording."""
     if name == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
     torch.cuda.set_stream(torch.cuda.Stream())  # nothing can be recorded on the default stream
@@ -1149,7 +1159,7 @@ def choose_device(name: str) -> torch.device:
     return torch.device("cuda")
 
 
-def choose_precision(name: str, device: torch.device, state: dict | None) -> str:
+def choose_precision(name: str, device: torch.device, resumed: dict | None) -> str:
     """torch's fastest setting under which a float32 product is one; a resumed run keeps its own."""
     if name != "auto":
         return name
@@ -1158,9 +1168,9 @@ def choose_precision(name: str, device: torch.device, state: dict | None) -> str
     cpu = torch.cpu.get_capabilities()
     has_amx = cpu.get("amx_bf16", True) or cpu.get("architecture") != "x86_64"
     medium_is_float32 = device.type == "cpu" and not has_amx
-    if state is None:
+    if resumed is None:
         return "medium" if medium_is_float32 else "highest"
-    before = state["config"]["matmul_precision"]
+    before = resumed["config"]["matmul_precision"]
     keeps = before == "highest" or medium_is_float32 or device.type == "cuda"
     require(
         keeps, f"the run began with --matmul-precision {before}, which is bfloat16 here: give it"
@@ -1179,6 +1189,7 @@ def set_speed(precision: str, compiled: bool) -> None:
     use_functions(compiled)
 
 
+# What is worth compiling: use_functions() lets these names stand for compiled versions, or not.
 EAGER = {f.__name__: f for f in (gather, reward_backward, critic_backward, actor_backward)}
 
 
@@ -1298,16 +1309,16 @@ def fingerprint(dataset: Dataset) -> str:
     return digest.hexdigest()
 
 
-def make_config(args: Args, dataset: Dataset, device: torch.device, state: dict | None) -> dict:
+def make_config(args: Args, dataset: Dataset, device: torch.device, resumed: dict | None) -> dict:
     """What config.json records; UserError if a run is resumed with other arguments."""
     config = asdict(args)
     config["device"] = device.type
-    config["matmul_precision"] = choose_precision(args.matmul_precision, device, state)
+    config["matmul_precision"] = choose_precision(args.matmul_precision, device, resumed)
     config["compile"] = choose_compile(args.compile, args.num_updates)
     config["dataset"] = fingerprint(dataset)
-    config = json.loads(json.dumps(config, default=str))  # a Path becomes its text
-    if state:
-        check_same_run(args.run_dir, state["config"], config)
+    config = json.loads(json.dumps(config, default=str))  # as in the checkpoint, to compare
+    if resumed:
+        check_same_run(args.run_dir, resumed["config"], config)
     return config
 
 
@@ -1374,15 +1385,15 @@ def main(args: Args) -> None:
     task = make_task(dataset, args.eval_env_id)
     labels = split_labels(dataset.rewards, args.label_fraction, seeds)
     check_rewards(args, dataset, labels)
-    checkpoint = read_checkpoint(args.run_dir, device) if args.resume else None
-    config = make_config(args, dataset, device, checkpoint)
+    resumed = read_checkpoint(args.run_dir, device) if args.resume else None
+    config = make_config(args, dataset, device, resumed)
     if args.resume and (args.run_dir / "result.json").exists():
         return print(f"{args.run_dir} holds a finished run: see its result.json and scores.csv")
     print_header(dataset, labels, task, config)
     set_speed(config["matmul_precision"], config["compile"])
     name = f"{dataset.name}__td3bc_imputed__{args.rewards}__{args.seed}"
     run_dir = make_run_dir(args.run_dir, name)
-    tracker = start_tracking(run_dir, config, checkpoint) if args.track else None
+    tracker = start_tracking(run_dir, config, resumed) if args.track else None
     write_config(run_dir, config, args.resume)
 
     # 2. What stands for the hidden rewards: the reward model's predictions (Eq. 4, Eq. 5).
@@ -1390,8 +1401,8 @@ def main(args: Args) -> None:
     if args.rewards == "imputed":
         generators = make_generators(seeds, stream=1)
         reward_model = RewardModel(dataset, labels, generators, args).to(device)
-        if checkpoint:
-            reward_model.load_state_dict(checkpoint["reward_model"])
+        if resumed:
+            reward_model.load_state_dict(resumed["reward_model"])
         else:
             fit_reward_model(reward_model, dataset, labels, generators, args)
         imputed = impute_rewards(reward_model, dataset, labels)
@@ -1402,17 +1413,18 @@ def main(args: Args) -> None:
         rewards *= reward_scale(rewards, labels, dataset, args.rewards == "labeled")
 
     # 3. The agent, and the transitions it draws from.
-    data = make_transitions(dataset, rewards, task, ACTION_BOUND, device)
+    data = make_transitions(dataset, rewards, task, device)
     if args.rewards == "labeled":
         data = Transitions(*gather(data, torch.from_numpy(labels).to(device)))
     agent = Agent(data, make_generators(seeds, stream=2), args)
-    # Draws for all seeds together, so a seed's batches and noise depend on --num-seeds.
+    # Draws for all seeds together, so a seed's batches depend on --num-seeds.
     generator = torch.Generator(device).manual_seed(args.seed)
     num_updates, scores = 0, []
-    if checkpoint:
-        num_updates, scores = restore(checkpoint, agent, generator)
+    if resumed:
+        num_updates, scores = restore(resumed, agent, generator)
 
     # 4. Training. A checkpoint stands before every evaluation; a signal stops between two updates.
+    # With workers, an evaluation runs during the next updates, and is collected after them.
     is_recorded = args.cuda_graph and device.type == "cuda"
     steps = repeat(lambda: update(agent, data, generator, args), [generator], is_recorded)
     progress = tqdm(total=args.num_updates, initial=num_updates, unit="update", disable=None)
@@ -1429,7 +1441,7 @@ def main(args: Args) -> None:
                 progress.update(args.policy_freq)
                 if tracker and num_updates % args.log_freq == 0:
                     log_losses(tracker, num_updates, losses, updates_per_second())
-            # With workers, the evaluation before this one: its scores belong in the checkpoint.
+            # The evaluation before this one: its scores belong in the checkpoint.
             finish_evaluation(pending, scores, task, run_dir, tracker)
             checkpoint = {
                 "config": config,
@@ -1444,11 +1456,10 @@ def main(args: Args) -> None:
                 torch.save(checkpoint, file)
             if not stopped:
                 pending = start_evaluation(workers, agent, task, num_updates, args, stopped)
-            if args.eval_workers == 0:  # this evaluation; with workers, while training goes on
+            if args.eval_workers == 0:
                 finish_evaluation(pending, scores, task, run_dir, tracker)
             if stopped:
                 break
-        # With workers, the last evaluation.
         finish_evaluation(pending, scores, task, run_dir, tracker)
     progress.close()
     if stopped and evaluations_left(args, task, num_updates, scores):
