@@ -1332,8 +1332,8 @@ def describe_quality(quality: dict | None) -> str:
 def print_header(dataset: Dataset, labels: np.ndarray, task: Task, config: dict) -> None:
     num_rows, num_episodes = len(dataset.rewards), dataset.episode_ids[-1] + 1
     print(f"dataset       {dataset.name}: {num_rows:,} transitions, {num_episodes:,} episodes")
-    kind = config["rewards"]
-    print(f"rewards       {kind}, {labels.shape[1]:,} labelled, {len(labels)} seed(s)")
+    known = "all" if config["rewards"] == "oracle" else f"{labels.shape[1]:,} labelled"
+    print(f"rewards       {config['rewards']}, {known}, {len(labels)} seed(s)")
     if task.env_spec is None:
         low, high = task.low.round(4).tolist(), task.high.round(4).tolist()
         print(
