@@ -1,24 +1,29 @@
-"""Seed-updates a second of both agents, as ratios to the plain per-network version in the same run.
+"""Seed-updates a second of both agents, as ratios to a plain version timed in the same run.
 
-    python tests/benchmark_speed.py                # eager, compiled, medium precision; on a GPU also CUDA graphs
-    python tests/benchmark_speed.py --scaling      # 1 to 50 seeds at once
+    python tests/benchmark_speed.py                  # eager and compiled; on a GPU also CUDA graphs
+    python tests/benchmark_speed.py --scaling        # 1 to 50 seeds at once
+    python tests/benchmark_speed.py --peers ../CORL  # CORL's TD3+BC beside ours
 
-The plain version is tests/reference.py: one seed, an nn.Sequential a network, a loop over parameters, eager. A bare time
-says nothing about another machine, so the table gives ratios; versions take turns, so that noise meets them all.
+The plain version is tests/reference.py: one seed, an nn.Sequential for a network, eager. A bare
+time says nothing about another machine, so the table gives ratios; versions take turns, so that
+noise meets them all, and of each the median counts.
 """
 
+import importlib.util
 import json
 import sys
 import time
-from collections import namedtuple
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
+from statistics import median
+from typing import NamedTuple
+from unittest.mock import MagicMock
 
 import torch
 import tyro
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import FlopCounterMode
+from matplotlib.figure import Figure
+from tqdm import tqdm
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
 
@@ -27,185 +32,260 @@ import reference
 import iql_imputed
 import td3bc_imputed
 
-OBS_DIM, ACT_DIM, ROWS, BATCH = 17, 6, 100_000, 256  # HalfCheetah's
 SCRIPTS = {"TD3+BC": td3bc_imputed, "IQL": iql_imputed}
-FUNCTIONS = {"TD3+BC": ("gather", "td_target", "loss_and_grad"), "IQL": ("gather", "loss_and_grad")}  # by --compile
-Version = namedtuple("Version", "agent num_seeds precision compile graph")
+OBS_DIM, ACT_DIM = 17, 6  # HalfCheetah's
+NUM_ROWS = 100_000
+BATCH_SIZE = 256
 
 
 @dataclass
 class Args:
-    num_updates: int = 200  # updates a measurement
+    num_updates: int = 200  # updates in a measurement
     rounds: int = 5  # measurements of each version; the median counts
     num_seeds: tuple[int, ...] = (1, 5)  # seeds trained at once
     agents: tuple[str, ...] = ("TD3+BC", "IQL")  # which to measure
     device: str = "cuda" if torch.cuda.is_available() else "cpu"  # where to train
-    scaling: bool = False  # eager float32 (on a GPU: with CUDA graphs) with 1, 2, 5, 10, 20 and 50 seeds instead
+    scaling: bool = False  # instead: eager (on a GPU: recorded) with 1 to 50 seeds
+    peers: Path | None = None  # a checkout of github.com/tinkoff-ai/CORL, timed as well
     json_path: Path | None = None  # write the measurements there too
-    figure_path: Path | None = None  # with --scaling: draw seed-updates/s against the number of seeds there
+    figure_path: Path | None = None  # with --scaling: draw seed-updates/s against seeds there
 
 
-def make_data(script, num_seeds: int, device: str):
-    generator = torch.Generator().manual_seed(0)
-    observations = torch.randn(ROWS, OBS_DIM, generator=generator)
-    actions = torch.rand(ROWS, ACT_DIM, generator=generator) * 1.9 - 0.95
-    rewards = torch.randn(num_seeds, ROWS, generator=generator).to(device)
-    columns = (observations, actions, observations.roll(-1, 0), torch.zeros(ROWS))
-    observations, actions, following, terminals = (c.to(device).expand(num_seeds, *c.shape) for c in columns)
-    return script.Batch(observations, actions, rewards, following, terminals)
+class Version(NamedTuple):
+    """One way to train, ready to go on."""
+
+    name: str
+    num_seeds: int
+    step: Callable
+    updates_per_step: int
+    precision: str = "highest"
+    compiled: bool = False
 
 
-def plain_step(name: str, device: str):
-    """A call of the plain version, and the number of updates in it."""
-    script, generator = SCRIPTS[name], torch.Generator(device).manual_seed(0)
-    data = make_data(script, 1, device)
+# --- The versions ---
+def plain_version(agent_name: str, device: str) -> Version:
+    script = SCRIPTS[agent_name]
+    data = random_transitions(script, 1, device)
+    generator = torch.Generator(device).manual_seed(0)
     with torch.device(device):
-        if name == "IQL":
-            agent = reference.IQL(OBS_DIM, ACT_DIM, 10**6)
+        if agent_name == "IQL":
+            agent = reference.IQL(OBS_DIM, ACT_DIM, total_updates=1_000_000)
         else:
-            agent = reference.TD3BC(OBS_DIM, ACT_DIM, data.observations[0].mean(0), data.observations[0].std(0))
+            std, mean = torch.std_mean(data.observations[0], dim=0)
+            agent = reference.TD3BC(OBS_DIM, ACT_DIM, mean, std)
         agent.start()
 
     def step():
-        batch = [tensor[0] for tensor in script.sample(data, (1, BATCH), generator)]
-        noise = [torch.randn(BATCH, ACT_DIM, generator=generator, device=device)] if name == "TD3+BC" else []
-        agent.update(*batch, *noise)
+        batch = script.sample(data, BATCH_SIZE, generator)
+        inputs = [tensor[0] for tensor in batch]
+        if agent_name == "TD3+BC":
+            inputs.append(torch.randn(inputs[1].shape, generator=generator, device=device))
+        agent.update(*inputs)
 
-    return step, 1
-
-
-def our_step(version: Version, device: str):
-    """A call of `sample` and `update` as the scripts' main makes it, and the number of updates in it."""
-    name, num_seeds, script = version.agent, version.num_seeds, SCRIPTS[version.agent]
-    data, args, generator = make_data(script, num_seeds, device), script.Args(), torch.Generator(device).manual_seed(0)
-    agent = script.make_agent(data, range(num_seeds), 3e-4)
-
-    def td3bc_step():
-        batches = script.sample(data, (2, num_seeds, BATCH), generator)
-        noise = torch.randn(batches.actions.shape, generator=generator, device=device)
-        script.update(agent, batches, noise, args)
-
-    def iql_step():
-        script.update(agent, script.sample(data, (num_seeds, BATCH), generator), args)
-
-    step, updates = (td3bc_step, 2) if name == "TD3+BC" else (iql_step, 1)
-    if version.graph:
-        configure(version)
-        for _ in range(10):
-            step()
-        (graph := torch.cuda.CUDAGraph()).register_generator_state(generator)
-        with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
-            step()
-        step = graph.replay
-    return step, updates
+    return Version("plain", 1, step, 1)
 
 
-torch._dynamo.config.trace_autograd_ops = True
-torch._dynamo.config.recompile_limit = 100  # a script compiles for one number of seeds, this for several
-EAGER = {(name, function): getattr(SCRIPTS[name], function) for name in SCRIPTS for function in FUNCTIONS[name]}
-COMPILED = {key: torch.compile(function, fullgraph=True, dynamic=False) for key, function in EAGER.items()}
+def our_version(agent_name, num_seeds, device, precision="highest", compiled=False, recorded=False):
+    """Updates as the script's main makes them."""
+    script = SCRIPTS[agent_name]
+    args = script.Args(batch_size=BATCH_SIZE)
+    data = random_transitions(script, num_seeds, device)
+    agent = script.Agent(data, script.make_generators(range(num_seeds), stream=2), args)
+    generator = torch.Generator(device).manual_seed(0)
+    updates = script.repeat(
+        lambda: script.update(agent, data, generator, args), [generator], recorded
+    )
+
+    def step():
+        if agent_name == "IQL":
+            script.set_actor_rate(agent, 0, args)
+        next(updates)
+
+    words = ["compiled" if compiled else "eager"]
+    if recorded:
+        words.append("CUDA graph")
+    if precision != "highest":
+        words.append(f"{precision} precision")
+    updates_per_step = args.policy_freq if agent_name == "TD3+BC" else 1
+    return Version(", ".join(words), num_seeds, step, updates_per_step, precision, compiled)
 
 
-def configure(version: Version) -> None:
-    torch.set_float32_matmul_precision(version.precision)
-    for name, function in EAGER:
-        setattr(SCRIPTS[name], function, (COMPILED if version.compile else EAGER)[name, function])
+def corl_version(folder: Path, device: str) -> Version:
+    """CORL's TD3+BC as its train() sets it up, without its logging."""
+    corl = import_corl(folder / "algorithms" / "offline" / "td3_bc.py")
+    data = random_transitions(td3bc_imputed, 1, device)
+    dataset = {name: tensor[0].cpu().numpy() for name, tensor in data._asdict().items()}
+    mean, std = corl.compute_mean_std(dataset["observations"], eps=1e-3)
+    for name in ("observations", "next_observations"):
+        dataset[name] = corl.normalize_states(dataset[name], mean, std)
+    buffer = corl.ReplayBuffer(OBS_DIM, ACT_DIM, NUM_ROWS, device)
+    buffer.load_d4rl_dataset(dataset)
+
+    networks = {
+        "actor": corl.Actor(OBS_DIM, ACT_DIM, max_action=1.0).to(device),
+        "critic_1": corl.Critic(OBS_DIM, ACT_DIM).to(device),
+        "critic_2": corl.Critic(OBS_DIM, ACT_DIM).to(device),
+    }
+    optimizers = {}
+    for name, network in networks.items():
+        optimizers[f"{name}_optimizer"] = torch.optim.Adam(network.parameters(), lr=3e-4)
+    trainer = corl.TD3_BC(1.0, **networks, **optimizers, device=device)
+
+    def step():
+        batch = buffer.sample(BATCH_SIZE)
+        trainer.train([tensor.to(device) for tensor in batch])
+
+    return Version("CORL", 1, step, 1)
 
 
-def measure(step, updates: int, num_updates: int, device: str) -> float:
+def import_corl(path: Path):
+    """A file of CORL as a module; simulators and loggers that are not installed are stubs."""
+    for name in ("d4rl", "gym", "pyrallis", "wandb"):
+        if name not in sys.modules and importlib.util.find_spec(name) is None:
+            sys.modules[name] = MagicMock()
+    spec = importlib.util.spec_from_file_location(f"corl_{path.stem}", path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def random_transitions(script, num_seeds: int, device: str):
+    return reference.random_transitions(script, num_seeds, NUM_ROWS, OBS_DIM, ACT_DIM, device)
+
+
+def make_versions(agent_name: str, args: Args) -> list[Version]:
+    """The plain one first, then CORL's, then ours."""
+    versions = [plain_version(agent_name, args.device)]
+    if args.peers and agent_name == "TD3+BC":
+        versions.append(corl_version(args.peers, args.device))
+    has_gpu = args.device == "cuda"
+    if args.scaling:
+        for num_seeds in (1, 2, 5, 10, 20, 50):
+            versions.append(our_version(agent_name, num_seeds, args.device, recorded=has_gpu))
+        return versions
+    precisions = ["highest"]
+    fastest = td3bc_imputed.choose_precision("auto", torch.device(args.device), None)
+    if fastest not in precisions:
+        precisions.append(fastest)
+    for num_seeds in args.num_seeds:
+        for recorded in [False, True] if has_gpu else [False]:
+            for precision in precisions:
+                for compiled in (False, True):
+                    settings = precision, compiled, recorded
+                    versions.append(our_version(agent_name, num_seeds, args.device, *settings))
+    return versions
+
+
+# --- The measurements ---
+def compile_functions(script) -> dict[bool, dict]:
+    """A script's functions for not compiled (False) and compiled (True), once for all versions."""
+    torch._dynamo.config.recompile_limit = 100  # each number of seeds is a shape of its own
+    script.use_functions(compiled=False)  # sets what compiling needs
+    compiled = {}
+    for name, function in script.EAGER.items():
+        compiled[name] = torch.compile(function, fullgraph=True, dynamic=False)
+    return {False: script.EAGER, True: compiled}
+
+
+def measure(version: Version, num_updates: int, device: str) -> float:
     """Updates a second."""
     start = time.perf_counter()
-    for _ in range(num_updates // updates):
-        step()
+    for _ in range(num_updates // version.updates_per_step):
+        version.step()
     if device == "cuda":
         torch.cuda.synchronize()
     return num_updates / (time.perf_counter() - start)
 
 
-class OperatorCounter(TorchDispatchMode):
-    """Counts what is called below autograd and does work: no views, no allocations."""
+def measure_agent(agent_name: str, args: Args) -> list[dict]:
+    """A row of the table for each version of one agent."""
+    script = SCRIPTS[agent_name]
+    functions = compile_functions(script)
+    versions = make_versions(agent_name, args)
+    speeds = [[] for _ in versions]
+    for turn in tqdm(range(args.rounds + 1), agent_name, leave=False, disable=None):
+        for version, measured in zip(versions, speeds):
+            torch.set_float32_matmul_precision(version.precision)
+            vars(script).update(functions[version.compiled])
+            if turn == 0:  # warms up: compiles, records
+                measure(version, 40, args.device)
+            else:
+                measured.append(measure(version, args.num_updates, args.device))
+    rows = []
+    for version, measured in zip(versions, speeds):
+        speed = median(measured)
+        row = {"agent": agent_name, "version": version.name, "num_seeds": version.num_seeds}
+        row["updates_per_second"] = speed
+        row["seed_updates_per_second"] = speed * version.num_seeds
+        rows.append(row)
+    add_ratios(rows)
+    return rows
 
-    count = 0
 
-    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
-        self.count += not operator.is_view and "empty" not in operator.name()
-        return operator(*args, **(kwargs or {}))
+def add_ratios(rows: list[dict]) -> None:
+    """To the plain version, and to CORL's where it was timed."""
+    speeds = {row["version"]: row["seed_updates_per_second"] for row in rows}
+    for row in rows:
+        row["ratio"] = row["seed_updates_per_second"] / speeds["plain"]
+        if "CORL" in speeds:
+            row["ratio_to_corl"] = row["seed_updates_per_second"] / speeds["CORL"]
 
 
-def floor(version: Version, device: str) -> dict[str, float]:
-    """What one update of one seed cannot do without: floating-point operations, and operators (kernels on a GPU)."""
-    configure(version)
-    step, updates = our_step(version._replace(graph=False), device)
-    step()
-    with FlopCounterMode(display=False) as flop, OperatorCounter() as operators:
-        step()
-    flop_per_update = flop.get_total_flops() / updates / version.num_seeds
-    return {"MFLOP_per_seed_update": flop_per_update / 1e6, "operators_per_update": operators.count / updates}
+# --- The table and the figure ---
+def print_table(rows: list[dict]) -> None:
+    titles = ["agent", "version", "seeds", "updates/s", "seed-updates/s", "plain = 1"]
+    with_corl = any("ratio_to_corl" in row for row in rows)
+    if with_corl:
+        titles.append("CORL = 1")
+    print("|", " | ".join(titles), "|")
+    print("|" + "---|" * len(titles))
+    for row in rows:
+        cells = [row["agent"], row["version"], str(row["num_seeds"])]
+        cells.append(f"{row['updates_per_second']:.0f}")
+        cells.append(f"{row['seed_updates_per_second']:.0f}")
+        cells.append(f"{row['ratio']:.2f}")
+        if with_corl:
+            cells.append(f"{row['ratio_to_corl']:.2f}" if "ratio_to_corl" in row else "")
+        print("|", " | ".join(cells), "|")
 
 
 def draw(rows: list[dict], path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(5, 3.2), layout="constrained")
-    for style, name in zip(("o-", "s--"), sorted({row["agent"] for row in rows}, reverse=True)):
-        points = [
-            (row["num_seeds"], row["ratio"]) for row in rows if row["agent"] == name and row["version"] != "plain"
-        ]
-        axes.plot(*zip(*points), style, color="black" if name == "TD3+BC" else "gray", label=name)
+    """Seed-updates a second against the number of seeds, the plain version being 1."""
+    figure = Figure(figsize=(5, 3.2), layout="constrained")
+    axes = figure.subplots()
+    styles = {"TD3+BC": ("o-", "tab:blue"), "IQL": ("s--", "tab:orange")}
+    for agent_name, (style, color) in styles.items():
+        points = {}
+        for row in rows:
+            if row["agent"] == agent_name and row["version"] not in ("plain", "CORL"):
+                points[row["num_seeds"]] = row["ratio"]
+        axes.plot(points.keys(), points.values(), style, color=color, label=agent_name)
+    numbers = sorted({row["num_seeds"] for row in rows})
+    axes.set_xscale("log")
+    axes.set_xticks(numbers, numbers)
     axes.axhline(1, color="lightgray", linewidth=1)
-    axes.set(xscale="log", xlabel="seeds trained at once", ylabel="seed-updates/s, plain version = 1", ylim=(0, None))
-    axes.set_xticks([row["num_seeds"] for row in rows], [row["num_seeds"] for row in rows])
+    axes.set(xlabel="seeds trained at once", ylabel="seed-updates/s, plain version = 1")
+    axes.set_ylim(bottom=0)
     axes.minorticks_off()
     axes.legend(frameon=False)
     figure.savefig(path, dpi=150)
 
 
 def main(args: Args) -> None:
-    cuda = args.device == "cuda"
-    if cuda:
-        torch.cuda.set_stream(torch.cuda.Stream())
-    device_name = torch.cuda.get_device_name() if cuda else f"cpu, {torch.get_num_threads()} threads"
-    print(f"torch {torch.__version__}, {device_name}, median of {args.rounds}\n")
-    print("| agent | version | seeds | updates/s | seed-updates/s | ratio to plain |\n|---|---|---|---|---|---|")
+    device_name = f"cpu, {torch.get_num_threads()} threads"
+    if args.device == "cuda":
+        torch.cuda.set_stream(torch.cuda.Stream())  # nothing can be recorded on the default one
+        device_name = torch.cuda.get_device_name()
     rows = []
-    for name in args.agents:
-        eager = Version(name, 1, "highest", False, False)
-        if args.scaling:
-            versions = [eager._replace(num_seeds=n, graph=cuda) for n in (1, 2, 5, 10, 20, 50)]
-        else:
-            kinds = [eager, eager._replace(compile=True), eager._replace(precision="medium")]
-            kinds += [eager._replace(compile=True, precision="medium")]
-            kinds += [kind._replace(graph=True) for kind in kinds if cuda]
-            versions = [kind._replace(num_seeds=n) for kind in kinds for n in args.num_seeds]
-        steps = {"plain": partial(measure, *plain_step(name, args.device))}
-        steps |= {version: partial(measure, *our_step(version, args.device)) for version in versions}
-        speeds = {version: [] for version in steps}
-        for turn in range(args.rounds + 1):  # the first warms up
-            for version, step in steps.items():
-                configure(eager if version == "plain" else version)
-                speed = step(num_updates=args.num_updates if turn else 20, device=args.device)
-                speeds[version] += [speed] if turn else []
-        medians = {version: sorted(values)[len(values) // 2] for version, values in speeds.items()}
-        for version, rate in medians.items():
-            num_seeds = 1 if version == "plain" else version.num_seeds
-            words = ["eager", "compiled"][version != "plain" and version.compile], version != "plain" and version.graph
-            text = "plain" if version == "plain" else ", ".join(
-                [words[0]] + ["CUDA graph"] * version.graph + ["medium precision"] * (version.precision == "medium")
-            )  # fmt: skip
-            row = {"agent": name, "version": text, "num_seeds": num_seeds, "updates_per_second": rate}
-            row |= {"seed_updates_per_second": rate * num_seeds, "ratio": rate * num_seeds / medians["plain"]}
-            rows.append(row)
-            numbers = f"{num_seeds} | {rate:.0f} | {rate * num_seeds:.0f} | {row['ratio']:.2f}"
-            print(f"| {name} | {text} | {numbers} |")
-    floors = {name: floor(Version(name, 1, "highest", False, False), args.device) for name in args.agents}
-    print("\n" + "\n".join(f"{name}: {floor}" for name, floor in floors.items()))
+    for agent_name in args.agents:
+        rows += measure_agent(agent_name, args)
+    print(f"torch {torch.__version__}, {device_name}, median of {args.rounds}\n")
+    print_table(rows)
     if args.json_path:
         machine = {"torch": torch.__version__, "device": device_name, "rounds": args.rounds}
-        args.json_path.write_text(json.dumps(machine | {"rows": rows, "floors": floors}, indent=2))
-    if args.scaling and args.figure_path:
+        args.json_path.write_text(json.dumps(machine | {"rows": rows}, indent=2))
+    if args.figure_path:
         draw(rows, args.figure_path)
 
 

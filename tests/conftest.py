@@ -1,5 +1,6 @@
-"""Fixtures shared by the tests: the scripts on the path, no network, no account, no trace in the user's folders."""
+"""For all tests: the scripts on the path, no network, no account, no trace in the user's folders."""
 
+import os
 import signal
 import sys
 from pathlib import Path
@@ -8,6 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
+os.environ["HF_HUB_OFFLINE"] = "1"  # read when Minari is imported
 
 
 @pytest.fixture(autouse=True)

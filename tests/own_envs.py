@@ -5,7 +5,7 @@ import numpy as np
 
 
 class WideEnv(gym.Env):
-    """One observation, actions between 0 and 10, three steps."""
+    """One observation, the step's number; actions between 0 and 10; three steps."""
 
     observation_space = gym.spaces.Box(-np.inf, np.inf, (1,), np.float64)
     action_space = gym.spaces.Box(0, 10, (2,), np.float32)
@@ -20,6 +20,8 @@ class WideEnv(gym.Env):
 
 
 class DiscreteEnv(WideEnv):
+    """Two actions."""
+
     action_space = gym.spaces.Discrete(2)
 
 

@@ -153,35 +153,73 @@ class IQL:
         descend(q1_loss + q2_loss, self.q_optimizer)
 
 
-def paired_parameters(batched, sequential, seed):
-    """(name, ours, the reference's) of each weight and bias of one seed's network."""
-    pairs = []
-    for k, name in enumerate(("layer1", "layer2", "layer3")):
-        ours, theirs = getattr(batched, name), sequential[2 * k]
-        pairs.append((f"{name}.weight", ours.weight.data[seed].T, theirs.weight.data))
-        pairs.append((f"{name}.bias", ours.bias.data[seed, 0], theirs.bias.data))
-    if hasattr(batched, "log_std"):
-        pairs.append(("log_std", batched.log_std.data[seed, 0], sequential.log_std.data))
-    return pairs
+def random_transitions(script, num_seeds=2, num_rows=64, obs_dim=5, act_dim=3, device="cpu"):
+    """What an agent of the script may draw from; its seeds share everything but the rewards."""
+    generator = torch.Generator().manual_seed(7)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator).to(device)
+
+    def share(tensor):
+        return tensor.expand(num_seeds, *tensor.shape)
+
+    bound = script.ACTION_BOUND
+    return script.Transitions(
+        observations=share(3 * normal(num_rows, obs_dim) + 1),
+        actions=share(normal(num_rows, act_dim).clamp(-bound, bound)),
+        rewards=normal(num_seeds, num_rows),
+        next_observations=share(3 * normal(num_rows, obs_dim) + 1),
+        terminals=share((normal(num_rows) > 1).to(torch.get_default_dtype())),
+    )
+
+
+def networks_of(agent):
+    """The networks of an agent, targets included, by name."""
+    return {name: part for name, part in vars(agent).items() if isinstance(part, nn.Module)}
+
+
+def layers_of(network):
+    return [network.layer1, network.layer2, network.layer3]
+
+
+def parameters_of(agent, seed):
+    """A copy of every weight and bias of one seed of an agent, by name."""
+    parameters = {}
+    for name, network in networks_of(agent).items():
+        for key, parameter in network.named_parameters():
+            parameters[f"{name}.{key}"] = parameter.detach()[seed].clone()
+    return parameters
+
+
+def equal_parts(first, second):
+    """The names of those parameters that are the same to the bit."""
+    return {name for name in first if torch.equal(first[name], second[name])}
+
+
+def paired_parameters(agent, reference, seed):
+    """Each weight and bias of one seed of the agent beside the reference's."""
+    for name, batched in networks_of(agent).items():
+        sequential = getattr(reference, name)
+        linears = sequential[::2]  # a ReLU stands between two
+        for layer, linear in zip(layers_of(batched), linears):
+            yield layer.weight.data[seed].T, linear.weight.data
+            yield layer.bias.data[seed, 0], linear.bias.data
+        if hasattr(batched, "log_std"):
+            yield batched.log_std.data[seed, 0], sequential.log_std.data
 
 
 def copy_seed(agent, reference, seed):
-    """Give the reference the weights of one seed of the agent, then its targets and optimizers."""
-    for name in ("actor", "value", "q1", "q2"):
-        if hasattr(agent, name):
-            networks = getattr(agent, name), getattr(reference, name)
-            for _, ours, theirs in paired_parameters(*networks, seed):
-                theirs.copy_(ours)
+    """Let the reference start from the weights of one seed of a new agent."""
     reference.start()
+    for ours, theirs in paired_parameters(agent, reference, seed):
+        theirs.copy_(ours)
 
 
-def largest_difference(agent, reference, seed):
-    """Largest absolute and largest relative difference (in a tensor's norm) of all networks."""
-    absolute, relative = 0.0, 0.0
-    for name in ("actor", "actor_target", "value", "q1", "q2", "q1_target", "q2_target"):
-        if hasattr(agent, name):
-            networks = getattr(agent, name), getattr(reference, name)
-            for _, ours, theirs in paired_parameters(*networks, seed):
-                absolute = max(absolute, (ours - theirs).abs().max().item())
-                relative = max(relative, ((ours - theirs).norm() / theirs.norm()).item())
-    return absolute, relative
+def assert_equal_up_to_rounding(agent, reference, seed):
+    """In float64 every weight to 1e-10, in float32 every tensor to 1e-5 of its norm."""
+    for ours, theirs in paired_parameters(agent, reference, seed):
+        difference = ours - theirs
+        if ours.dtype == torch.float64:
+            assert difference.abs().max() < 1e-10
+        else:
+            assert difference.norm() < 1e-5 * theirs.norm()

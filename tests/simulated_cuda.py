@@ -1,8 +1,9 @@
-"""CUDA graphs on a CPU: recording writes to no tensor that was there before, a replay calls no Python, only operators.
+"""CUDA graphs on a CPU: recording changes no tensor that was there before, a replay runs operators.
 
-Stands in for `torch` in a script. It shows whether a recorded run is the run that was meant: no number of Python's frozen in
-the graph, no update lost or made twice, new draws at each replay. All tensors are on the CPU: a tensor on the wrong device, a
-copy from or to the host, streams, the graph's memory and what an operator requires on a GPU are not seen here.
+Stands in for `torch` in a script. It shows whether a recorded run is the run that was meant: no
+number of Python's is frozen in the graph, no update is lost or made twice, each replay draws new
+numbers. All tensors are on the CPU: a tensor on the wrong device, a copy from or to the host,
+streams, the graph's memory and what an operator requires on a GPU are not seen here.
 """
 
 from contextlib import contextmanager
@@ -13,7 +14,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 ATEN = torch.ops.aten
-CANNOT_BE_RECORDED = {ATEN._local_scalar_dense, ATEN.lift_fresh, ATEN.equal, ATEN.nonzero, ATEN.masked_select}
+WAIT_FOR_THE_DEVICE = {
+    ATEN._local_scalar_dense,  # .item()
+    ATEN.lift_fresh,  # torch.tensor()
+    ATEN.equal,
+    ATEN.nonzero,
+    ATEN.masked_select,
+}
 
 
 class Device(str):
@@ -23,38 +30,53 @@ class Device(str):
 
 
 class Graph(TorchDispatchMode):
-    replays = 0  # of all graphs
+    """Operators in the order of their calls, with the memory they read and write."""
 
     def __init__(self):
         super().__init__()
-        self.calls, self.generators = [], []
+        self.calls = []
+        self.generators = []
+        self.replays = 0
 
     def register_generator_state(self, generator: torch.Generator) -> None:
         self.generators.append(generator)
 
     def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
-        assert operator.overloadpacket not in CANNOT_BE_RECORDED, f"{operator} waits for the device"
-        changes = operator._schema.is_mutable
-        result = (args[0] if operator._schema.returns else None) if changes else operator(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        waits = operator.overloadpacket in WAIT_FOR_THE_DEVICE
+        assert not waits, f"{operator} cannot be recorded: it waits for the device"
+        if operator._schema.is_mutable:  # an operator in place: a replay will run it
+            self.remember(operator, args, kwargs, None)
+            return args[0] if operator._schema.returns else None
+        result = operator(*args, **kwargs)
         if not operator.is_view:
-            call = args, kwargs or {}, None if changes else result
-            self.calls.append((operator, *tree_map_only(torch.Tensor, torch.Tensor.detach, call)))  # the same memory
-            for tensor in tree_leaves(call[2]):
-                if isinstance(tensor, torch.Tensor) and tensor.is_floating_point():
-                    tensor.fill_(torch.nan)  # until a replay
+            self.remember(operator, args, kwargs, result)
+            invalidate(result)
         return result
+
+    def remember(self, *call) -> None:
+        self.calls.append(tree_map_only(torch.Tensor, torch.Tensor.detach, call))  # same memory
 
     @torch.no_grad()
     def replay(self) -> None:
-        Graph.replays += 1
+        self.replays += 1
         for operator, args, kwargs, result in self.calls:
-            for old, new in zip(tree_leaves(result), tree_leaves(operator(*args, **kwargs))):
-                if isinstance(old, torch.Tensor):
-                    old.copy_(new)
+            again = operator(*args, **kwargs)
+            for tensor, new in zip(tree_leaves(result), tree_leaves(again)):
+                if isinstance(tensor, torch.Tensor):
+                    tensor.copy_(new)
+
+
+def invalidate(result) -> None:
+    """What is recorded has no value before a replay."""
+    for tensor in tree_leaves(result):
+        if isinstance(tensor, torch.Tensor) and tensor.is_floating_point():
+            tensor.detach().fill_(torch.nan)
 
 
 @contextmanager
 def record(graph: Graph, stream=None):
+    """Recording draws nothing from a generator."""
     states = [generator.get_state() for generator in graph.generators]
     with graph:
         yield

@@ -1,156 +1,240 @@
-"""IQL's update against a slow single-seed reference, its schedule, and its reward scale."""
+"""IQL: its update against a slow reference, what an agent starts as, learning rate, reward scale."""
+
+import math
 
 import numpy as np
 import pytest
 import torch
-from reference import IQL, copy_model, largest_difference
+from reference import (
+    IQL,
+    assert_equal_up_to_rounding,
+    copy_seed,
+    equal_parts,
+    layers_of,
+    networks_of,
+    parameters_of,
+    random_transitions,
+)
 
 import iql_imputed as script
 
-OBS_DIM, ACT_DIM, NUM_SEEDS, ROWS = 5, 3, 2, 64
+NUM_SEEDS = 2
 
 
-def make_data(dtype=torch.float32):
-    generator = torch.Generator().manual_seed(7)
+@pytest.fixture(params=[torch.float64, torch.float32], ids=str)
+def dtype(request):
+    torch.set_default_dtype(request.param)
+    yield
+    torch.set_default_dtype(torch.float32)
 
-    def normal(*shape):
-        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
 
-    terminals = (torch.rand(ROWS, generator=generator) < 0.2).to(dtype)
-    actions = normal(ROWS, ACT_DIM).clamp(-1 + 1e-5, 1 - 1e-5)
-    observations, rewards = normal(ROWS, OBS_DIM), normal(NUM_SEEDS, ROWS)
-    shared = (observations, actions, observations, normal(ROWS, OBS_DIM), terminals)
-    return script.Batch(*(tensor.expand(NUM_SEEDS, *tensor.shape) for tensor in shared))._replace(rewards=rewards)
+@pytest.fixture
+def data():
+    return random_transitions(script)
+
+
+@pytest.fixture
+def agent():
+    return make_agent()
 
 
 def make_agent(seeds=range(NUM_SEEDS)):
-    return script.make_agent(make_data(), seeds, 3e-4)
+    data = random_transitions(script, num_seeds=len(seeds))
+    generators = script.make_generators(seeds, stream=2)
+    return script.Agent(data, generators, script.Args())
 
 
-def set_learning_rate(agent, num_updates, args):
-    """As main does before each update; test_run.py holds main to it."""
-    rate = args.learning_rate * 0.5 * (1 + np.cos(np.pi * num_updates / args.num_updates))
-    agent.actor_optimizer.param_groups[0]["lr"] = rate
-
-
-def train(data, num_updates, agent=None, total=1000):
-    args = script.Args(num_updates=total)
-    agent = agent or make_agent()
+def train(agent, data, num_updates):
+    args = script.Args(batch_size=32)
     generator = torch.Generator().manual_seed(3)
-    batches = []
     for k in range(num_updates):
-        batches.append(script.sample(data, (NUM_SEEDS, 32), generator))
-        set_learning_rate(agent, k, args)
-        script.update(agent, batches[-1], args)
-    return agent, batches
+        script.set_actor_rate(agent, k, args)
+        script.update(agent, data, generator, args)
 
 
+# --- The update ---
+@pytest.mark.parametrize("value_shift", [0.0, -1.5])  # a low V: weights at their cap of 100
 @pytest.mark.parametrize("seed", range(NUM_SEEDS))
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-@pytest.mark.parametrize("value_shift", [0.0, -1.5])  # a low V makes advantages so large that some weights are capped
 def test_four_updates_equal_the_reference(dtype, seed, value_shift):
-    torch.set_default_dtype(dtype)
-    try:
-        data, agent, reference = make_data(dtype), make_agent(), IQL(OBS_DIM, ACT_DIM, 10)
-        agent.actor.log_std.data += 0.1
-        agent.value.mlp[4].bias.data += value_shift
-        reference.log_std.data = agent.actor.log_std.data[seed, 0].clone()
-        copy_model(agent.actor.mlp, reference.actor, seed)
-        copy_model(agent.value.mlp, reference.value, seed)
-        copy_model(agent.critic.mlp, reference.q1, seed)
-        copy_model(agent.critic.mlp, reference.q2, NUM_SEEDS + seed)
-        reference.start()
-        agent, batches = train(data, 4, agent, total=10)
-        for batch in batches:
-            reference.update(*(tensor[seed] for tensor in batch))
-    finally:
-        torch.set_default_dtype(torch.float32)
-    pairs = [(agent.actor, reference.actor, seed), (agent.value, reference.value, seed)]
-    for ours, q1, q2 in ((agent.critic, "q1", "q2"), (agent.critic_target, "q1_target", "q2_target")):
-        pairs += [(ours, getattr(reference, q1), seed), (ours, getattr(reference, q2), NUM_SEEDS + seed)]
-    for ours, theirs, model in pairs:
-        absolute, relative = largest_difference(ours.mlp, theirs, model)
-        assert absolute < 1e-10 if dtype == torch.float64 else relative < 1e-5
-    log_std = agent.actor.log_std[seed, 0]
-    torch.testing.assert_close(log_std, reference.log_std, atol=1e-10 if dtype == torch.float64 else 1e-6, rtol=0)
-    assert not torch.equal(log_std, torch.full_like(log_std, 0.1)), "log-std was not trained"
+    data, agent = random_transitions(script), make_agent()
+    agent.actor.log_std.data += 0.1
+    agent.value.layer3.bias.data += value_shift
+    reference = IQL(obs_dim=5, act_dim=3, total_updates=10)
+    copy_seed(agent, reference, seed)
+    before = parameters_of(agent, seed)
+
+    args = script.Args(num_updates=10, batch_size=32)
+    generator = torch.Generator().manual_seed(3)
+    same_draws = torch.Generator().manual_seed(3)
+    for k in range(4):
+        script.set_actor_rate(agent, k, args)
+        script.update(agent, data, generator, args)
+        batch = script.sample(data, 32, same_draws)
+        reference.update(*[tensor[seed] for tensor in batch])
+
+    assert_equal_up_to_rounding(agent, reference, seed)
+    assert not equal_parts(before, parameters_of(agent, seed)), "not trained"
 
 
-def test_seeds_are_independent_to_the_bit():
-    data = make_data()
-    other = data._replace(rewards=torch.stack([data.rewards[0] + 5, data.rewards[1]]))
-    agents = [train(rewards, 10)[0] for rewards in (data, other)]
-    for name in ("actor", "value", "critic", "critic_target"):
-        pairs = list(zip(*(getattr(agent, name).parameters() for agent in agents)))
-        assert all(torch.equal(a[1::NUM_SEEDS], b[1::NUM_SEEDS]) for a, b in pairs), f"{name} of seed 1 changed"
-        assert not all(torch.equal(a[0::NUM_SEEDS], b[0::NUM_SEEDS]) for a, b in pairs), f"{name} of seed 0 did not"
+def test_seeds_are_independent_to_the_bit(data):
+    rewards = data.rewards.clone()
+    rewards[0] += 5
+    agent, other = make_agent(), make_agent()
+    train(agent, data, 10)
+    train(other, data._replace(rewards=rewards), 10)
+
+    seed_0, seed_1 = parameters_of(agent, 0), parameters_of(agent, 1)
+    assert not equal_parts(seed_0, parameters_of(other, 0)), "these did not see the change"
+    assert equal_parts(seed_1, parameters_of(other, 1)) == seed_1.keys()
 
 
-def test_initialisation_is_orthogonal_for_each_model():
-    agent = make_agent()
-    for network in (agent.actor, agent.value, agent.critic):
-        for layer in network.mlp[::2]:
+@pytest.mark.parametrize(("log_std", "clipped"), [(-50, -5), (50, 2)])
+def test_log_std_is_clipped(log_std, clipped, data, agent):
+    agent.actor.log_std.data.fill_(log_std)
+    q = agent.value(data.observations).squeeze(-1)  # an advantage of 0, a weight of 1
+    loss = script.actor_loss(agent, data, q, script.Args())
+
+    mean = agent.actor(data.observations).tanh()
+    policy = torch.distributions.Normal(mean, math.exp(clipped))
+    log_prob = policy.log_prob(data.actions).sum(dim=-1)
+    torch.testing.assert_close(loss, -log_prob.mean(dim=1), rtol=1e-4, atol=1e-3)
+
+
+def test_actions_at_the_bounds_and_a_narrow_policy_give_finite_weights(data, agent):
+    agent.actor.log_std.data.fill_(-50)
+    at_the_bounds = torch.ones_like(data.actions)
+    train(agent, data._replace(actions=at_the_bounds), 20)
+    for name, parameter in parameters_of(agent, 0).items():
+        assert parameter.isfinite().all(), name
+
+
+# --- What an agent starts as ---
+def test_initialisation_is_orthogonal_for_each_seed(agent):
+    for network in networks_of(agent).values():
+        for layer in layers_of(network):
             assert not layer.bias.any()
             for weight in layer.weight:
-                product = weight @ weight.T if len(weight) <= weight.shape[1] else weight.T @ weight
-                torch.testing.assert_close(product, 2 * torch.eye(len(product)), atol=1e-4, rtol=0)
-    first, second = agent.critic.mlp[0].weight[::NUM_SEEDS]
-    assert not torch.equal(first, second), "Q1 and Q2 of a seed start alike"
-    alone = make_agent(range(1, 2))
-    for name in ("actor", "value", "critic"):
-        for a, b in zip(getattr(agent, name).parameters(), getattr(alone, name).parameters()):
-            assert torch.equal(a[1::2], b), "the initial weights depend on how many seeds run"
+                assert_orthogonal(weight, squared_gain=2)
+    assert not agent.actor.log_std.any()
 
 
-def test_a_learning_rate_of_zero_moves_the_actor_no_more_also_after_a_checkpoint():
-    args, agent = script.Args(num_updates=1000), make_agent()
-    train(make_data(), 2, agent)
-    agent.actor_optimizer.load_state_dict(agent.actor_optimizer.state_dict())  # makes the rate a new tensor
-    before = [parameter.clone() for parameter in agent.actor.parameters()]
-    set_learning_rate(agent, 1000, args)
-    script.update(agent, script.sample(make_data(), (NUM_SEEDS, 32), torch.Generator().manual_seed(0)), args)
-    assert all(torch.equal(a, b) for a, b in zip(before, agent.actor.parameters())), "rate 0 moved the actor"
+def assert_orthogonal(weight, squared_gain):
+    """Its rows, or its columns if those are fewer."""
+    rows, columns = weight.shape
+    product = weight @ weight.T if rows <= columns else weight.T @ weight
+    expected = squared_gain * torch.eye(len(product))
+    torch.testing.assert_close(product, expected, atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("log_std", [-50.0, 50.0])
-def test_log_std_is_clipped_and_actions_at_the_bounds_give_finite_losses(log_std):
-    data, agent = make_data(), make_agent()
-    agent.actor.log_std.data.fill_(log_std)
-    actions = torch.full((NUM_SEEDS, 8, ACT_DIM), 1 - 1e-5)
-    observations = 100 * torch.ones(NUM_SEEDS, 8, OBS_DIM)
-    clipped = min(max(log_std, -5.0), 2.0)
-    mean = agent.actor.mlp(observations).tanh()
-    expected = -torch.distributions.Normal(mean, np.exp(clipped)).log_prob(actions).sum(-1).mean(-1)
-    batch = script.Batch(observations, actions, None, None, None)
-    loss = script.actor_loss(agent, batch, agent.value(observations).detach(), script.Args())  # weights exp(0)
-    torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-3)
-    agent, _ = train(data._replace(actions=torch.ones_like(data.actions)), 20, agent)
-    assert all(parameter.isfinite().all() for network in agent[:4] for parameter in network.parameters())
+def test_no_two_networks_start_alike_but_targets_start_as_their_networks(agent):
+    networks = [agent.actor, agent.value, agent.q1, agent.q2]
+    weights = [network.layer2.weight for network in networks]
+    for k, weight in enumerate(weights):
+        assert not any(torch.equal(weight, other) for other in weights[:k])
+    for network, target in ((agent.q1, agent.q1_target), (agent.q2, agent.q2_target)):
+        start = network.state_dict()
+        assert equal_parts(start, target.state_dict()) == start.keys()
 
 
-def dataset_of(rewards, episode_ids):
+def test_initial_weights_do_not_depend_on_how_many_seeds_run():
+    together, alone = make_agent(range(4, 6)), make_agent(range(5, 6))
+    seed_5 = parameters_of(alone, 0)
+    assert equal_parts(seed_5, parameters_of(together, 1)) == seed_5.keys()
+
+
+def test_observations_and_actions_go_in_as_they_are(agent):
+    for network in networks_of(agent).values():
+        assert (network.mean == 0).all()
+        assert (network.std == 1).all()
+
+
+# --- The actor's learning rate ---
+@pytest.mark.parametrize(
+    ("num_updates", "factor"),
+    [(0, 1), (250, 0.5 + 0.5**1.5), (500, 0.5), (1000, 0)],
+)
+def test_the_rate_of_the_actor_falls_to_zero_as_a_cosine(num_updates, factor, agent):
+    args = script.Args(num_updates=1000, learning_rate=0.004)
+    script.set_actor_rate(agent, num_updates, args)
+    (actor,) = agent.actor_optimizer.param_groups
+    assert float(actor["lr"]) == pytest.approx(0.004 * factor, abs=1e-9)
+    for optimizer in (agent.value_optimizer, agent.q_optimizer):
+        (others,) = optimizer.param_groups
+        assert others["lr"] == 3e-4
+
+
+def test_a_rate_of_zero_moves_the_actor_no_more_also_after_a_checkpoint(data, agent):
+    train(agent, data, 2)
+    checkpoint = agent.actor_optimizer.state_dict()
+    agent.actor_optimizer.load_state_dict(checkpoint)
+    before = parameters_of(agent, 0)
+    args = script.Args(num_updates=1000)
+    script.set_actor_rate(agent, 1000, args)
+    script.update(agent, data, torch.Generator(), args)
+
+    kept = equal_parts(before, parameters_of(agent, 0))
+    assert kept == {name for name in before if name.startswith("actor.")}
+
+
+def test_a_run_sets_the_rate_before_each_update(monkeypatch, tmp_path):
+    rates = []
+    update = script.update
+
+    def spy(agent, data, generator, args):
+        (actor,) = agent.actor_optimizer.param_groups
+        rates.append(float(actor["lr"]))
+        return update(agent, data, generator, args)
+
+    monkeypatch.setattr(script, "update", spy)
+    arguments = "--rewards oracle --num-updates 4 --eval-freq 4 --eval-episodes 1 --compile off"
+    arguments += " --device cpu --batch-size 8"
+    script.main(script.tyro.cli(script.Args, args=arguments.split()))
+    middle = 1.5e-4
+    expected = [2 * middle, middle + middle / 2**0.5, middle, middle - middle / 2**0.5]
+    assert rates == pytest.approx(expected)
+
+
+# --- The reward scale ---
+def make_dataset(rewards, episode_ids):
     """A Dataset of which only rewards and episodes matter."""
-    rewards, episode_ids = np.float32(rewards), np.array(episode_ids)
-    return script.Dataset(*[None] * 12)._replace(rewards=rewards, episode_ids=episode_ids)
+    fields = dict.fromkeys(script.Dataset._fields)
+    fields["rewards"] = np.float32(rewards)
+    fields["episode_ids"] = np.array(episode_ids)
+    return script.Dataset(**fields)
 
 
-def test_reward_scale_is_1000_over_the_range_of_the_returns_that_the_agent_sees():
-    dataset = dataset_of([1, 2, 3, 4, 5], [0, 0, 1, 1, 1])
+def test_rewards_are_scaled_by_1000_over_the_range_of_the_returns_that_the_agent_sees():
+    dataset = make_dataset(rewards=[1, 2, 3, 4, 5], episode_ids=[0, 0, 1, 1, 1])
     labels = np.array([[0, 1], [2, 3]])
-    rewards = np.float32([[1, 2, 3, 4, 5], [0, 0, 3, 4, 0]])  # all rewards; seed 1's labels and zeros
+    all_rewards = [1, 2, 3, 4, 5]  # returns 3 and 12
+    labels_and_zeros = [0, 0, 3, 4, 0]  # returns 0 and 7
+    rewards = np.float32([all_rewards, labels_and_zeros])
     scale = script.reward_scale(rewards, labels, dataset, labeled_only=False)
-    np.testing.assert_allclose(scale, [[1000 / (12 - 3)], [1000 / (7 - 0)]], rtol=1e-6)
+    expected = [[1000 / (12 - 3)], [1000 / (7 - 0)]]
+    np.testing.assert_allclose(scale, expected, rtol=1e-6)
 
 
-def test_reward_scale_of_labelled_rewards_uses_each_episodes_own_mean_and_length():
-    dataset = dataset_of([1, 2, 3, 4, 5, 9], [0, 0, 1, 1, 1, 2])
-    labels = np.array([[1, 2, 4]])  # episode 0: mean 2, length 2; episode 1: mean 4, length 3; episode 2: no label
+def test_of_labels_alone_a_return_is_the_mean_of_an_episodes_labels_times_its_length():
+    dataset = make_dataset(rewards=[1, 2, 3, 4, 5, 9], episode_ids=[0, 0, 1, 1, 1, 2])
+    labels = np.array([[1, 2, 4]])
     rewards = np.float32([[0, 2, 3, 0, 5, 0]])
     scale = script.reward_scale(rewards, labels, dataset, labeled_only=True)
-    np.testing.assert_allclose(scale, [[1000 / (12 - 4)]], rtol=1e-6)
+    first = 2 * 2  # its only label is 2
+    second = 3 * 4  # its labels are 3 and 5; the third episode has none
+    np.testing.assert_allclose(scale, [[1000 / (second - first)]], rtol=1e-6)
 
 
-def test_equal_returns_are_a_clear_error():
-    dataset = dataset_of([1, 2, 2, 1], [0, 0, 1, 1])
+def test_equal_returns_are_refused_before_anything_is_fitted():
+    dataset = make_dataset(rewards=[1, 2, 2, 1], episode_ids=[0, 0, 1, 1])
+    args = script.Args(rewards="oracle")
     with pytest.raises(script.UserError, match="returns are equal"):
-        script.reward_scale(np.float32([[1, 2, 2, 1]]), np.array([[0]]), dataset, labeled_only=False)
+        script.check_rewards(args, dataset, np.array([[0, 1]]))
+
+
+def test_a_single_episode_is_refused_before_anything_is_fitted():
+    dataset = make_dataset(rewards=[1, 2, 2, 1], episode_ids=[0, 0, 0, 0])
+    labels = np.array([[0, 1]])
+    with pytest.raises(script.UserError, match="a single one"):
+        script.check_rewards(script.Args(), dataset, labels)
+    unscaled = script.Args(scale_rewards=False)
+    script.check_rewards(unscaled, dataset, labels)

@@ -1,281 +1,850 @@
-"""The reward model: its fit against a slow reference, imputation, the report, and the datasets it writes."""
+"""The reward model: its fit, imputation, how it is judged, and the datasets that are written.
+
+The fit and the Gaussian process are held against slow, obvious versions of themselves.
+"""
 
 import json
 import re
+import resource
+import shlex
+from copy import deepcopy
 from pathlib import Path
 
+import gymnasium as gym
 import h5py
 import minari
 import numpy as np
 import own_envs  # noqa: F401, registers Wide-v0
 import pytest
 import torch
-from reference import mlp
-from test_dataset import NAN, OBS_DIM, make_minari, make_rows, plain_loop, write_rows
+from minari.data_collector import EpisodeBuffer
+from numpy.testing import assert_allclose, assert_array_equal
+from reference import make_mlp
 
 import iql_imputed
 import reward_model as script
 import td3bc_imputed
 
-SEEDS, CPU = range(2), torch.device("cpu")
+NUM_ROWS, OBS_DIM, ACT_DIM = 400, 5, 3
+SEEDS = range(2)
+MODELS = pytest.mark.parametrize("model", ["mlp", "gp"])
+AGENTS = pytest.mark.parametrize("agent", [td3bc_imputed, iql_imputed], ids=["td3bc", "iql"])
+TRANSITION = ("observations", "actions", "terminals", "episode_ids")
 
 
-def own_file(path="own.hdf5", num_rows=400, **columns):
-    """A Hopper-like file whose reward is a smooth function of observation and action."""
-    rows = make_rows(num_rows)
-    rows["rewards"] = (np.tanh(rows["observations"][:, 0]) + rows["actions"][:, 1] ** 2)[:, None]
-    rows |= columns
-    write_rows(path, rows)
+# --- A small log ---
+def make_rows(num_rows=NUM_ROWS):
+    """A D4RL file of 21 episodes whose reward is a smooth function; its last rows are cut off."""
+    rng = np.random.default_rng(0)
+    observations = rng.normal(size=(num_rows, OBS_DIM))
+    actions = rng.uniform(-1, 1, size=(num_rows, ACT_DIM))
+    rewards = np.tanh(observations[:, 0]) + actions[:, 1] ** 2
+    number = np.arange(num_rows)
+    return {
+        "observations": observations,
+        "actions": actions,
+        "rewards": np.float32(rewards[:, None]),  # as D4RL's replay files
+        "terminals": number % 40 == 17,
+        "timeouts": number % 40 == 31,
+    }
+
+
+def hide_rewards(rewards):
+    """Of four rows in five."""
+    rewards[np.random.default_rng(0).random(len(rewards)) < 0.8] = np.nan
+
+
+def write_rows(rows, path="own.hdf5"):
+    with h5py.File(path, "w") as file:
+        for name, column in rows.items():
+            file[name] = column
+
+
+@pytest.fixture(autouse=True)
+def rows():
+    """Of own.hdf5."""
+    rows = make_rows()
+    write_rows(rows)
     return rows
 
 
-def fitted(dataset, labels, seeds=SEEDS, epochs=5, batch_size=8):
-    model = script.RewardModel(dataset, seeds, 256)
-    before = [parameter.detach().clone() for parameter in model.parameters()]
-    losses = script.train_reward_model(model, dataset, labels, epochs, 1e-3, batch_size)
-    return model, before, losses
+@pytest.fixture
+def dataset(rows):
+    return script.load_dataset(None, Path("own.hdf5"))
+
+
+def settings(model="mlp", **changes):
+    """Of a fit that takes a moment."""
+    defaults = {"reward_model": model, "reward_epochs": 5, "reward_batch_size": 8}
+    defaults |= {"reward_learning_rate": 1e-3}
+    return script.Args(**(defaults | changes))
+
+
+def draw_labels(dataset, fraction, seeds=SEEDS):
+    return script.split_labels(dataset.rewards, fraction, seeds)
+
+
+def fit(dataset, labels, args, seeds=SEEDS):
+    generators = script.make_generators(seeds, stream=1)
+    model = script.RewardModel(dataset, labels, generators, args)
+    script.fit_reward_model(model, dataset, labels, generators, args)
+    return model
+
+
+def impute(dataset, labels, args, seeds=SEEDS):
+    return script.impute_rewards(fit(dataset, labels, args, seeds), dataset, labels)
+
+
+def predict(model, dataset):
+    """f(s, a) of every transition, (seeds, N)."""
+    return script.impute_rewards(model, dataset, np.empty((len(SEEDS), 0), int))
+
+
+def judge(imputed, dataset, labels):
+    return script.imputation_quality(imputed, dataset, labels)
+
+
+def hidden_rows(dataset, labels):
+    return np.setdiff1d(np.arange(len(dataset.rewards)), labels)
 
 
 @pytest.fixture
-def dataset(tmp_path):
-    own_file()
-    return script.load_dataset("hopper-own", Path("own.hdf5"))
+def few_steps(monkeypatch):
+    """Two of the Gaussian process instead of a hundred, where its parameters do not matter."""
+
+    def few(*bounds):
+        return range(2) if bounds == (100,) else range(*bounds)
+
+    for each in (script, td3bc_imputed, iql_imputed):
+        monkeypatch.setattr(each, "range", few, raising=False)
+
+
+@pytest.fixture
+def no_environment(monkeypatch):
+    def refuse(*args, **kwargs):
+        raise AssertionError("an environment was made")
+
+    monkeypatch.setattr(gym, "make", refuse)
+    monkeypatch.setattr(minari.MinariDataset, "recover_environment", refuse)
+
+
+# --- The paper's reward model ---
+def standard_inputs(dataset):
+    """Observations by mean and std, actions by their range to [-1, 1]."""
+    actions = np.float64(dataset.actions)
+    low = actions.min(axis=0)
+    high = actions.max(axis=0)
+    actions = 2 * (actions - low) / (high - low) - 1
+    return np.float32(np.hstack([standardise(dataset.observations), actions]))
+
+
+def standardise(column):
+    column = np.float64(column)
+    return (column - column.mean(axis=0)) / column.std(axis=0)
+
+
+def draw_parameters(layer, generator):
+    """As nn.Linear is initialised, where weights lie the other way round."""
+    bound = layer.in_features**-0.5
+    weight = torch.empty(layer.in_features, layer.out_features)
+    weight.uniform_(-bound, bound, generator=generator)
+    layer.weight.data = weight.T.contiguous()
+    layer.bias.data.uniform_(-bound, bound, generator=generator)
+
+
+def fit_plainly(inputs, rewards, seed):
+    """Eq. 4 for one seed: 5 epochs of batches of 8, the last one filled up."""
+    generator = torch.Generator().manual_seed(1_000_003 + seed)
+    network = make_mlp(inputs.shape[1], 1)
+    for layer in (network[0], network[2], network[4]):
+        draw_parameters(layer, generator)
+    optimizer = torch.optim.Adam(network.parameters(), lr=1e-3)
+    targets = torch.tensor(standardise(rewards)).float()
+    for _ in range(5):
+        order = torch.randperm(len(targets), generator=generator).tolist()
+        while len(order) % 8 != 0:
+            order.append(order[len(order) - len(targets)])  # from the epoch's beginning
+        for start in range(0, len(order), 8):
+            batch = order[start : start + 8]
+            error = network(inputs[batch]).squeeze(1) - targets[batch]
+            optimizer.zero_grad()
+            (error**2).mean().backward()
+            optimizer.step()
+    predicted = network(inputs).squeeze(1).detach().numpy()
+    return predicted * rewards.std() + rewards.mean()
 
 
 def test_the_fit_equals_a_plain_loop_for_each_seed(dataset):
-    labels = script.split_labels(dataset.rewards, 0.05, SEEDS)
-    model, before, losses = fitted(dataset, labels)
-    mean, std = dataset.observations.mean(0), dataset.observations.std(0) + 1e-3
-    for k, seed in enumerate(SEEDS):
-        reference, generator = mlp(OBS_DIM + 3, 1), torch.Generator().manual_seed(seed)
-        for i, parameter in enumerate(reference.parameters()):
-            value = before[i][k]
-            parameter.data = value.T.clone() if parameter.ndim == 2 else value[0].clone()
-        for shape in ((14, 256), (1, 256), (256, 256), (1, 256), (256, 1), (1, 1)):  # what initialisation drew
-            torch.rand(shape, generator=generator)
-        inputs = np.hstack([(dataset.observations - mean) / std, dataset.actions])[labels[k]]
-        inputs, rewards = torch.tensor(inputs), torch.tensor(dataset.rewards[labels[k]])
-        optimizer = torch.optim.Adam(reference.parameters(), lr=1e-3)
-        for epoch in range(5):
-            squares = []
-            for rows in torch.randperm(len(rewards), generator=generator).split(8):
-                square = (reference(inputs[rows])[:, 0] - rewards[rows]) ** 2
-                optimizer.zero_grad()
-                square.mean().backward()
-                optimizer.step()
-                squares.append(square.detach())
-            assert losses[epoch, k] == pytest.approx(torch.cat(squares).mean().item(), rel=1e-3)
-        for i, parameter in enumerate(reference.parameters()):
-            ours = list(model.parameters())[i][k]
-            torch.testing.assert_close(ours.T if parameter.ndim == 2 else ours[0], parameter, rtol=1e-3, atol=1e-5)
+    labels = draw_labels(dataset, 0.05)
+    assert labels.shape[1] % 8 == 3, "the last batch has to be filled up"
+    predicted = predict(fit(dataset, labels, settings()), dataset)
+    inputs = torch.tensor(standard_inputs(dataset))
+    for k, rows in enumerate(labels):
+        expected = fit_plainly(inputs[rows], dataset.rewards[rows], seed=k)
+        assert_allclose(predicted[k, rows], expected, rtol=1e-3, atol=1e-4)
 
 
-def test_a_seed_fits_the_same_alone_or_among_others(dataset):
-    together = script.split_labels(dataset.rewards, 0.05, range(3, 6))
-    alone = script.split_labels(dataset.rewards, 0.05, range(4, 5))
-    a = script.impute_rewards(fitted(dataset, together, range(3, 6))[0], dataset, together)[1]
-    b = script.impute_rewards(fitted(dataset, alone, range(4, 5))[0], dataset, alone)[0]
-    np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+def test_a_feature_that_is_nearly_always_the_same_is_not_blown_up(dataset):
+    """Its std is tiny: at least 1/1000 of its range divides it; one without a range stays."""
+    many = np.tile(np.arange(len(dataset.rewards)), 5000)
+    observations = dataset.observations[many]
+    observations[:, 0] = 7
+    observations[0, 0] = 8
+    observations[:, 1] = 5
+    dataset = dataset._replace(observations=observations, actions=dataset.actions[many])
+    labels = draw_labels(dataset, 0.05)
+    std = script.RewardModel(dataset, labels, None, settings("gp")).model.std
+    others = dataset.observations[:, 2:].std(axis=0, dtype=np.float64)
+    assert_allclose(std[:OBS_DIM], [1e-3, 1, *others], rtol=1e-4)
 
 
-def test_imputation_keeps_labels_and_sees_no_hidden_reward(dataset):
-    labels = script.split_labels(dataset.rewards, 0.05, SEEDS)
-    secret = dataset.rewards.copy()
-    secret[np.setdiff1d(np.arange(len(secret)), labels)] = NAN
-    imputed = [
-        script.impute_rewards(fitted(data, labels)[0], data, labels)
-        for data in (dataset, dataset._replace(rewards=secret))
-    ]
-    np.testing.assert_array_equal(*imputed)
+@MODELS
+def test_a_seed_fits_the_same_alone_or_among_others(model, dataset):
+    together = draw_labels(dataset, 0.05, range(3, 6))
+    alone = draw_labels(dataset, 0.05, range(4, 5))
+    among_others = impute(dataset, together, settings(model), range(3, 6))
+    by_itself = impute(dataset, alone, settings(model), range(4, 5))
+    assert_allclose(among_others[1], by_itself[0], rtol=1e-4, atol=1e-5)
+    assert not np.allclose(among_others[0], among_others[1], atol=1e-3)
+
+
+@MODELS
+def test_imputation_keeps_labels_and_sees_no_hidden_reward(model, dataset):
+    labels = draw_labels(dataset, 0.05)
+    secret = np.full_like(dataset.rewards, np.nan)
+    secret[labels] = dataset.rewards[labels]
+    imputed = impute(dataset, labels, settings(model))
+    without = impute(dataset._replace(rewards=secret), labels, settings(model))
+    assert_array_equal(imputed, without)
     for k in range(2):
-        np.testing.assert_array_equal(imputed[0][k, labels[k]], dataset.rewards[labels[k]])
-        others = np.setdiff1d(np.arange(len(secret)), labels[k])
-        assert not np.isclose(imputed[0][k, others], dataset.rewards[others], atol=1e-7).any()
-    assert not np.array_equal(imputed[0][0], imputed[0][1])
+        assert_array_equal(imputed[k, labels[k]], dataset.rewards[labels[k]])
+        hidden = hidden_rows(dataset, labels[k])
+        error = imputed[k, hidden] - dataset.rewards[hidden]
+        assert np.abs(error).min() > 1e-7
 
 
-def test_imputation_in_chunks_is_imputation_at_once(dataset):
+@MODELS
+def test_imputation_in_chunks_is_imputation_at_once(model, dataset, few_steps):
+    labels = draw_labels(dataset, 0.05)
+    fitted = fit(dataset, labels, settings(model))
     many = dataset._replace(
-        **{name: np.tile(getattr(dataset, name), (60, 1)) for name in ("observations", "actions")},
-        rewards=np.tile(dataset.rewards, 60),
+        observations=np.tile(dataset.observations, (12, 1)),
+        actions=np.tile(dataset.actions, (12, 1)),
+        rewards=np.tile(dataset.rewards, 12),
     )
-    labels = script.split_labels(dataset.rewards, 0.05, SEEDS)
-    model, _, _ = fitted(dataset, labels)
-    assert len(many.rewards) > 16384
-    once = script.impute_rewards(model, dataset, labels[:, :0])
-    np.testing.assert_allclose(
-        script.impute_rewards(model, many, labels[:, :0]), np.tile(once, 60), rtol=1e-4, atol=1e-5
+    assert len(many.rewards) > 2 * 2048
+    at_once = np.tile(predict(fitted, dataset), 12)
+    assert_allclose(predict(fitted, many), at_once, rtol=1e-4, atol=1e-5)
+
+
+UNITS = [  # scale, offset in standard deviations
+    (1e-4, 0),
+    (1e6, 0),
+    (1, 100),
+    (1, -1e4),
+    (1e-4, 1e4),
+    (1e6, -1e4),
+    (1e3, 1e3),
+]
+
+
+@MODELS
+def test_r2_does_not_depend_on_the_unit_of_the_rewards(model, dataset):
+    labels = draw_labels(dataset, 0.3)
+    args = settings(model, reward_epochs=40, reward_batch_size=32)
+
+    def r2(rewards):
+        changed = dataset._replace(rewards=np.float32(rewards))
+        return judge(impute(changed, labels, args), changed, labels)["r2"]
+
+    expected = r2(dataset.rewards)
+    assert min(expected) > 0.8, "a model that learned nothing would pass"
+    rewards = np.float64(dataset.rewards)
+    std = rewards.std()
+    for scale, offset in UNITS:
+        found = r2(scale * (rewards + offset * std))
+        assert_allclose(found, expected, atol=0.002, err_msg=f"{scale} {offset}")
+
+
+@MODELS
+def test_r2_does_not_depend_on_the_unit_of_a_feature(model, dataset):
+    labels = draw_labels(dataset, 0.3)
+    args = settings(model, reward_epochs=40, reward_batch_size=32)
+    units = np.float32([1e-6, 1e6, 1, 1e3, 1e-3])
+    changed = dataset._replace(
+        observations=dataset.observations * units + 100 * units,
+        actions=50 * dataset.actions + 1000,
     )
+    quality = judge(impute(dataset, labels, args), dataset, labels)
+    found = judge(impute(changed, labels, args), changed, labels)
+    assert_allclose(found["r2"], quality["r2"], atol=0.005)
+
+
+# --- The Gaussian process, in numpy ---
+def kernel(parameters, x1, x2):
+    """k of all pairs, as its formula stands in the docstring."""
+    (linear,) = np.exp(parameters["log_linear"])
+    (smooth,) = np.exp(parameters["log_smooth"])
+    relevance = np.exp(parameters["log_relevance"])
+    length = 1 / np.exp(parameters["log_inverse_length"])
+    matrix = np.empty((len(x1), len(x2)))
+    for i, a in enumerate(x1):
+        for j, b in enumerate(x2):
+            square = np.sum((a - b) ** 2 / (2 * length**2))
+            product = np.sum(relevance * a * b)
+            matrix[i, j] = 1 + linear * product + smooth * np.exp(-square)
+    return matrix
+
+
+def covariance(parameters, x):
+    noise = np.exp(parameters["log_noise"]) + 1e-4
+    return kernel(parameters, x, x) + noise * np.eye(len(x))
+
+
+def negative_log_posterior(parameters, starts, x, y):
+    """Of the parameters, but for a constant: each is normal around its start a priori."""
+    matrix = covariance(parameters, x)
+    _, log_determinant = np.linalg.slogdet(matrix)
+    loss = y @ np.linalg.inv(matrix) @ y / 2 + log_determinant / 2
+    for name, parameter in parameters.items():
+        loss += np.sum((parameter - starts[name]) ** 2) / 2
+    return loss
+
+
+def seed_parameters(model, k):
+    state = model.model.state_dict()
+    return {name: state[name][k, 0].numpy().copy() for name in state if "log_" in name}
+
+
+@pytest.fixture
+def process(dataset, monkeypatch):
+    """A fitted process of 20 labels, its parameters before, and the gradients of its first step."""
+    gradients, Adam = [], torch.optim.Adam
+
+    class Watched(Adam):
+        def step(self):
+            for parameter in self.param_groups[0]["params"]:
+                gradients.append(parameter.grad.clone())
+            super().step()
+
+    labels = draw_labels(dataset, 0.05)
+    model = script.RewardModel(dataset, labels, None, settings("gp"))
+    starts = [seed_parameters(model, k) for k in SEEDS]
+    monkeypatch.setattr(torch.optim, "Adam", Watched)
+    script.fit_reward_model(model, dataset, labels, None, settings("gp"))
+    first = dict(zip(starts[0], gradients))
+    return model, labels, starts, first
+
+
+def test_the_process_is_the_posterior_of_its_kernel(dataset, process):
+    model, labels, _, _ = process
+    predicted = predict(model, dataset)
+    inputs = np.float64(standard_inputs(dataset))
+    observations = torch.from_numpy(dataset.observations).expand(2, -1, -1)
+    actions = torch.from_numpy(dataset.actions).expand(2, -1, -1)
+    std = script.posterior_std(model, observations, actions).numpy()
+    for k, rows in enumerate(labels):
+        parameters = seed_parameters(model, k)
+        x = inputs[rows]
+        rewards = np.float64(dataset.rewards[rows])
+        y = standardise(rewards)
+        inverse = np.linalg.inv(covariance(parameters, x))
+        for row in range(0, NUM_ROWS - 20, 40):
+            new = inputs[[row]]
+            similar = kernel(parameters, new, x)[0]
+            mean = similar @ inverse @ y
+            expected = rewards.mean() + rewards.std() * mean
+            assert predicted[k, row] == pytest.approx(expected, abs=1e-4)
+            variance = kernel(parameters, new, new).item() - similar @ inverse @ similar
+            (noise,) = np.exp(parameters["log_noise"])
+            found = std[k, row] / rewards.std()
+            assert found**2 == pytest.approx(variance + noise, abs=2e-4)
+
+
+def test_the_process_descends_the_negative_log_posterior_of_its_parameters(dataset, process):
+    model, labels, starts, first_gradient = process
+    inputs = np.float64(standard_inputs(dataset))
+    for k, rows in enumerate(labels):
+        y = standardise(dataset.rewards[rows])
+
+        def loss(parameters, k=k, rows=rows, y=y):
+            return negative_log_posterior(parameters, starts[k], inputs[rows], y)
+
+        before = loss(starts[k])
+        assert loss(seed_parameters(model, k)) < before - 1
+        for name, gradient in first_gradient.items():
+            for j, found in enumerate(gradient[k, 0].tolist()):
+                moved = deepcopy(starts[k])
+                moved[name][j] += 1e-5
+                slope = (loss(moved) - before) / 1e-5
+                assert found == pytest.approx(slope, rel=1e-2, abs=1e-3), name
+
+
+def test_the_process_always_finds_its_cholesky_factor(dataset):
+    """1,000 draws of labels: constant and doubled features, every row twice, binary labels."""
+    observations = dataset.observations.copy()
+    observations[:, 0] = 3
+    observations[:, 1] = observations[:, 2]
+    twice = np.arange(300) // 2
+    dataset = dataset._replace(
+        observations=observations[twice],
+        actions=dataset.actions[twice],
+        rewards=dataset.rewards[:300],  # differing
+    )
+    binary = np.float32(dataset.rewards > np.median(dataset.rewards))
+    rng = np.random.default_rng(0)
+    smallest, largest = dataset.rewards.argmin(), dataset.rewards.argmax()
+    for num_labels in (5, 7, 10, 20, 50):
+        for rewards in (dataset.rewards, binary):
+            drawn = dataset._replace(rewards=rewards)
+            labels = [rng.choice(300, num_labels, replace=False) for _ in range(100)]
+            labels = np.array(labels)
+            labels[:, 0], labels[:, 1] = smallest, largest  # all equal, they would be refused
+            predicted = fit(drawn, labels, settings("gp"), range(100))
+            imputed = script.impute_rewards(predicted, drawn, labels)
+            assert np.isfinite(imputed).all()
+
+
+def test_of_more_than_2000_labels_the_process_uses_2000_from_all_over_the_log(few_steps):
+    write_rows(make_rows(3000))
+    dataset = script.load_dataset(None, Path("own.hdf5"))
+    labels = draw_labels(dataset, 0.9, range(1))
+    assert labels.shape[1] > 2500
+    model = fit(dataset, labels, settings("gp"), range(1)).model
+    assert model.x.shape == (1, 2000, OBS_DIM + ACT_DIM)
+    assert model.weights.shape == (1, 2000, 1)
+    inputs = torch.tensor(standard_inputs(dataset)[labels])
+    distance = torch.cdist(model.x, inputs.double())
+    used = distance.argmin(dim=2).squeeze(0)
+    assert distance.amin(dim=2).max() < 1e-4
+    assert used[0] == 0
+    assert used[-1] == labels.shape[1] - 1
+    assert set(used.diff().tolist()) == {1, 2}
+
+
+def test_two_thousand_labels_or_fewer_are_all_used(dataset, process):
+    model, labels, _, _ = process
+    inputs = standard_inputs(dataset)
+    for k, rows in enumerate(labels):
+        assert_allclose(model.model.x[k].numpy(), inputs[rows], atol=1e-5)
+
+
+def test_few_labels_are_where_the_process_is_better(dataset):
+    labels = draw_labels(dataset, 0.1)
+    r2 = {}
+    for model in ("mlp", "gp"):
+        args = script.Args(reward_model=model)
+        quality = judge(impute(dataset, labels, args), dataset, labels)
+        r2[model] = np.mean(quality["r2"])
+    assert r2["gp"] > 0.9 > r2["mlp"]
+
+
+# --- Quality ---
+def make_dataset(rewards, episode_ids):
+    """A Dataset of which only rewards and episodes matter."""
+    fields = dict.fromkeys(script.Dataset._fields)
+    fields["rewards"] = np.float32(rewards)
+    fields["episode_ids"] = np.array(episode_ids)
+    return script.Dataset(**fields)
 
 
 def test_quality_is_measured_on_hidden_rewards_alone(dataset):
-    labels = script.split_labels(dataset.rewards, 0.3, SEEDS)
-    imputed = np.random.default_rng(0).normal(size=(2, len(dataset.rewards))).astype(np.float32)
-    quality = script.imputation_quality(imputed, dataset, labels)
+    labels = draw_labels(dataset, 0.3)
+    imputed = np.float32(np.random.default_rng(0).normal(size=(2, len(dataset.rewards))))
+    quality = judge(imputed, dataset, labels)
     for k in range(2):
-        hidden = [i for i in range(len(dataset.rewards)) if i not in set(labels[k])]
-        true, predicted = dataset.rewards[hidden], imputed[k, hidden]
-        assert quality["mse"][k] == pytest.approx(np.mean((true - predicted) ** 2), rel=1e-5)
-        assert quality["mae"][k] == pytest.approx(np.mean(abs(true - predicted)), rel=1e-5)
-        r2 = 1 - np.sum((true - predicted) ** 2) / np.sum((true - true.mean()) ** 2)
-        assert quality["r2"][k] == pytest.approx(r2, rel=1e-4)
-        returns = [[x[dataset.episode_ids == i].sum() for i in range(dataset.episode_ids[-1] + 1)]
-                   for x in (dataset.rewards, imputed[k])]  # fmt: skip
-        assert quality["return_correlation"][k] == pytest.approx(np.corrcoef(returns)[0, 1], rel=1e-4)
-    assert script.imputation_quality(imputed, dataset, np.tile(np.arange(len(dataset.rewards)), (2, 1))) is None
+        hidden = hidden_rows(dataset, labels[k])
+        true = dataset.rewards[hidden]
+        error = np.abs(imputed[k, hidden] - true)
+        square = np.mean(error**2)
+        assert quality["mse"][k] == pytest.approx(square, rel=1e-5)
+        assert quality["mae"][k] == pytest.approx(error.mean(), rel=1e-5)
+        assert quality["r2"][k] == pytest.approx(1 - square / true.var(), rel=1e-4)
+        returns = []
+        for rewards in (dataset.rewards, imputed[k]):
+            episodes = range(dataset.episode_ids[-1] + 1)
+            returns.append([rewards[dataset.episode_ids == i].sum() for i in episodes])
+        correlation = np.corrcoef(returns)[0, 1]
+        assert quality["return_correlation"][k] == pytest.approx(correlation, rel=1e-4)
 
 
-def run(*arguments):
-    arguments = ["--reward-epochs", "5", "--device", "cpu", *map(str, arguments)]
-    script.main(script.tyro.cli(script.Args, args=arguments))
+def test_there_is_no_quality_where_nothing_is_hidden():
+    dataset = make_dataset([1, 2, np.nan], [0, 0, 1])
+    labels = np.array([[0, 1]])
+    assert judge(np.zeros((1, 3)), dataset, labels) is None
 
 
-OWN = ("--env-id", "hopper-own", "--dataset-path", "own.hdf5", "--label-fraction", 0.1)
+def test_quality_of_a_partly_labelled_log_is_that_of_the_known_rewards():
+    """The second episode has no return; those of the others are 3 and 7, imputed 3 and 5."""
+    dataset = make_dataset([1, 2, 3, np.nan, 4, 3], [0, 0, 1, 1, 2, 2])
+    imputed = np.float32([[1, 2, 4, 9, 2, 3]])
+    quality = judge(imputed, dataset, np.array([[0, 1, 5]]))
+    assert quality["mse"] == [(1 + 4) / 2]
+    assert quality["mae"] == [(1 + 2) / 2]
+    assert quality["r2"] == [1 - 2.5 / 0.25]
+    assert quality["return_correlation"] == [pytest.approx(1)]
 
 
-def test_the_report_says_what_it_should(dataset, capsys):
-    run(*OWN, "--num-seeds", 2, "--run-dir", "run", "--sweep")
-    result = json.loads(Path("run/result.json").read_text())
-    assert result["judged_on"] == "the hidden rewards" and np.shape(result["losses"]) == (5, 2)
-    for name in ("reward_model", "linear_regression"):
-        assert set(result[name]) == {"train_mse", "r2", "mse", "mae", "return_correlation"}
-        assert all(len(values) == 2 for values in result[name].values())
-    labels = script.split_labels(dataset.rewards, 0.1, SEEDS)
-    inputs = np.hstack([dataset.observations, dataset.actions, np.ones((len(dataset.rewards), 1))]).astype(np.float64)
-    weights = np.linalg.solve(inputs[labels[1]].T @ inputs[labels[1]], inputs[labels[1]].T @ dataset.rewards[labels[1]])
-    hidden = np.setdiff1d(np.arange(len(dataset.rewards)), labels[1])
-    mse = np.mean((inputs[hidden] @ weights - dataset.rewards[hidden]) ** 2)
-    assert result["linear_regression"]["mse"][1] == pytest.approx(mse, rel=1e-3)
+@pytest.mark.parametrize(
+    ("rewards", "episode_ids", "unknown"),
+    [
+        ([1, 2, 3, 4], [0, 0, 0, 0], "return_correlation"),  # a single episode
+        ([1, np.nan, 3, 4], [0, 0, 1, 1], "return_correlation"),  # a single known return
+        ([1, 2, 2, 1], [0, 0, 1, 1], "return_correlation"),  # equal returns
+        ([1, 2, 5, 5], [0, 0, 1, 1], "r2"),  # equal hidden rewards
+    ],
+)
+def test_what_cannot_be_measured_is_not_a_number(rewards, episode_ids, unknown):
+    dataset = make_dataset(rewards, episode_ids)
+    labels = np.array([[0, 1]])
+    quality = judge(np.float32([[1, 2, 3, 4]]), dataset, labels)
+    for name, values in quality.items():
+        assert np.isfinite(values).all() == (name != unknown), name
+
+
+# --- The report ---
+SMALL = "--device cpu --compile off --reward-epochs 3 --reward-batch-size 8"
+OWN = "--dataset-path own.hdf5"
+SOME = f"{OWN} --label-fraction 0.1"
+
+
+def run(options):
+    script.main(script.tyro.cli(script.Args, args=shlex.split(f"{SMALL} {options}")))
+
+
+def read_json(path):
+    """Of a file that any JSON parser reads: Python writes NaN, which others refuse."""
+
+    def refuse(name):
+        raise AssertionError(f"{path} holds {name}, which is no JSON")
+
+    return json.loads(Path(path).read_text(), parse_constant=refuse)
+
+
+def test_the_report_compares_the_models_on_the_same_labels(
+    dataset, few_steps, no_environment, capsys
+):
+    run(f"{SOME} --num-seeds 2 --run-dir run")
+    result = read_json("run/result.json")
+    labels = draw_labels(dataset, 0.1)
+    assert result["num_labels"] == labels.shape[1]
+    assert result["judged_on"] == "the hidden rewards"
+    assert result["reward_model"] == "mlp"
+    assert list(result["quality"]) == ["mlp", "gp", "linear"]
+    numbers = {"train_mse", "r2", "mse", "mae", "return_correlation"}
+    for quality in result["quality"].values():
+        assert set(quality) == numbers
+        assert all(len(values) == 2 for values in quality.values())
+
+    args = script.Args(reward_epochs=3, reward_batch_size=8, reward_model="gp")
+    model = fit(dataset, labels, args)
+    expected = judge(script.impute_rewards(model, dataset, labels), dataset, labels)
+    found = result["quality"]["gp"]
+    assert found["r2"] == pytest.approx(expected["r2"], abs=1e-4)
+    fitted = np.take_along_axis(predict(model, dataset), labels, axis=1)
+    square = (fitted - dataset.rewards[labels]) ** 2
+    assert found["train_mse"] == pytest.approx(square.mean(axis=1), rel=1e-3)
+
     output = capsys.readouterr().out
-    assert "train MSE" in output and "linear regression" in output and "skipped" in output
-    for name in ("report.png", "sweep.png"):
-        assert Path("run", name).read_bytes().startswith(b"\x89PNG")
-    sweep = Path("run/sweep.csv").read_text().splitlines()
-    assert sweep[0].startswith("fraction,labels,r2_mean") and len(sweep) == 1 + len(result["sweep"]["labels"]) > 2
+    for words in ("train MSE", "return correlation", "mlp ", "gp ", "linear "):
+        assert words in output
+    assert f"{np.mean(found['r2']):.4f} ± {np.std(found['r2']):.4f}" in output
+    assert Path("run/report.png").read_bytes().startswith(b"\x89PNG")
+    assert read_json("run/config.json")["label_fraction"] == 0.1
+    assert not list(Path("run").glob("*.tmp"))
 
 
-def test_the_saved_model_needs_numpy_alone(dataset):
-    run(*OWN, "--num-seeds", 2, "--run-dir", "run", "--output-path", "imputed.hdf5")
-    model, k = np.load("run/reward_model.npz", allow_pickle=False), 0
-    x = np.hstack([(dataset.observations - model["mean"][k]) / model["std"][k], dataset.actions])
-    for i in range(3):
-        x = x @ model[f"w{i}"][k] + model[f"b{i}"][k]
-        x = np.maximum(x, 0) if i < 2 else x[:, 0]
-    imputed = script.load_dataset("hopper-own", Path("imputed.hdf5")).rewards
-    hidden = np.setdiff1d(np.arange(len(x)), script.split_labels(dataset.rewards, 0.1, SEEDS)[0])
-    np.testing.assert_allclose(x[hidden], imputed[hidden], rtol=1e-4, atol=1e-5)
+def test_linear_regression_is_least_squares_on_the_labels(dataset):
+    labels = draw_labels(dataset, 0.1)
+    predicted = script.linear_regression(dataset, labels)
+    ones = np.ones((len(dataset.rewards), 1))
+    inputs = np.hstack([dataset.observations, dataset.actions, ones]).astype(np.float64)
+    for k, rows in enumerate(labels):
+        x, y = inputs[rows], dataset.rewards[rows]
+        weights = np.linalg.solve(x.T @ x, x.T @ y)
+        assert_allclose(predicted[k], inputs @ weights, atol=1e-4)
 
 
-def agent_sees(agent, dataset, num_seeds):
+def test_with_the_process_calibration_is_printed(dataset, capsys):
+    run(f"{SOME} --reward-model gp --run-dir run")
+    labels = draw_labels(dataset, 0.1, range(1))
+    model = fit(dataset, labels, settings("gp"), range(1))
+    observations, actions = map(torch.from_numpy, (dataset.observations, dataset.actions))
+    std = script.posterior_std(model, observations[None], actions[None])[0].numpy()
+    predicted = script.impute_rewards(model, dataset, labels[:, :0])[0]
+    hidden = hidden_rows(dataset, labels)
+    assert len(hidden) < 1000, "all of them are counted"
+    error = np.abs(dataset.rewards - predicted)[hidden]
+    inside = np.mean(error <= 2 * std[hidden])
+    assert 0.5 < inside < 1
+    assert read_json("run/result.json")["inside_2_std"] == pytest.approx(inside)
+    text = f"calibration   {inside:.1%} of the hidden rewards are within ± 2 std"
+    assert text in capsys.readouterr().out
+
+
+def test_a_sweep_tells_r2_by_the_number_of_labels(dataset, few_steps, capsys):
+    run(f"{OWN} --label-fraction 0.5 --num-seeds 2 --run-dir run --sweep")
+    lines = Path("run/sweep.csv").read_text().splitlines()
+    assert lines[0] == "labels,model,r2_mean,r2_std,r2_worst"
+    table = read_json("run/result.json")["sweep"]
+    assert lines[1:] == [",".join(map(str, row.values())) for row in table]
+    found = [(row["labels"], row["model"]) for row in table]
+    counts = (4, 10, 30, 100, 300)  # 4 are 1%
+    assert found == [(count, model) for count in counts for model in ("mlp", "gp", "linear")]
+    labels = script.split_labels(dataset.rewards, 100 / len(dataset.rewards), SEEDS)
+    assert labels.shape[1] == 100
+    expected = script.linear_regression(dataset, labels)
+    np.put_along_axis(expected, labels, dataset.rewards[labels], axis=1)
+    r2 = judge(expected, dataset, labels)["r2"]
+    row = table[found.index((100, "linear"))]
+    assert row["r2_mean"] == pytest.approx(np.mean(r2), abs=1e-5)
+    assert row["r2_worst"] == pytest.approx(np.min(r2), abs=1e-5)
+    assert Path("run/sweep.png").read_bytes().startswith(b"\x89PNG")
+    assert re.search(r"100 labels +gp +R2 0\.\d+", capsys.readouterr().out)
+
+
+def test_where_everything_is_labelled_a_fifth_of_the_labels_judges(rows, few_steps, capsys):
+    hide_rewards(rows["rewards"])
+    write_rows(rows)
+    run(f"{OWN} --run-dir run --num-seeds 2 --output-path full.hdf5")
+    assert "judged on     20% of the labels, held out" in capsys.readouterr().out
+    dataset = script.load_dataset(None, Path("own.hdf5"))
+    labels = draw_labels(dataset, None)
+    fitted_to = script.hold_out(labels, SEEDS)
+    assert fitted_to.shape == (2, int(0.8 * labels.shape[1]))
+    assert set(fitted_to[0]) != set(fitted_to[1])
+    for some, all_labels in zip(fitted_to, labels):
+        assert set(some) < set(all_labels)
+    judged = judge(impute(dataset, fitted_to, settings("gp")), dataset, fitted_to)
+    quality = read_json("run/result.json")["quality"]["gp"]
+    assert quality["r2"] == pytest.approx(judged["r2"], abs=1e-4)
+    assert quality["return_correlation"] == [None, None], "no episode is known as a whole"
+
+
+def apply_mlp(saved, x):
+    """The first seed's network, (rows, in_dim) -> (rows, 1)."""
+    x = np.maximum(x @ saved["layer1.weight"][0] + saved["layer1.bias"][0], 0)
+    x = np.maximum(x @ saved["layer2.weight"][0] + saved["layer2.bias"][0], 0)
+    return x @ saved["layer3.weight"][0] + saved["layer3.bias"][0]
+
+
+@MODELS
+def test_the_saved_model_needs_numpy_alone(model, dataset, few_steps):
+    run(f"{SOME} --reward-model {model} --num-seeds 2 --run-dir run --output-path full.hdf5")
+    saved = dict(np.load("run/reward_model.npz", allow_pickle=False))
+    x = np.hstack([dataset.observations, dataset.actions])
+    x = (x - saved["mean"]) / saved["std"]
+    if model == "mlp":
+        output = apply_mlp(saved, x)
+    else:
+        parameters = {name: saved[name][0, 0] for name in saved if "log_" in name}
+        output = kernel(parameters, x, saved["x"][0]) @ saved["weights"][0]
+    predicted = saved["reward_mean"][0] + saved["reward_std"][0] * output[:, 0]
+    full = script.load_dataset(None, Path("full.hdf5")).rewards
+    hidden = hidden_rows(dataset, draw_labels(dataset, 0.1)[0])
+    assert_allclose(predicted[hidden], full[hidden], rtol=1e-4, atol=1e-5)
+
+
+# --- The datasets it writes ---
+def agent_sees(agent, dataset, model, num_seeds):
     """The rewards that the first seed's agent would impute, with the settings of `run`."""
+    args = agent.Args(reward_model=model, reward_epochs=3, reward_batch_size=8)
     seeds = range(num_seeds)
     labels = agent.split_labels(dataset.rewards, 0.1, seeds)
-    model = agent.RewardModel(dataset, seeds, 256)
-    agent.train_reward_model(model, dataset, labels, 5, 1e-4, 64)
-    return agent.impute_rewards(model, dataset, labels)[0], labels[0]
+    generators = agent.make_generators(seeds, stream=1)
+    reward_model = agent.RewardModel(dataset, labels, generators, args)
+    agent.fit_reward_model(reward_model, dataset, labels, generators, args)
+    return agent.impute_rewards(reward_model, dataset, labels)[0], labels[0]
 
 
-@pytest.mark.parametrize("agent", [td3bc_imputed, iql_imputed])
-@pytest.mark.parametrize("next_observations", [False, True])
-def test_round_trip_is_what_the_agents_impute_bit_for_bit(agent, next_observations, tmp_path):
-    columns = {"next_observations": np.random.default_rng(1).normal(size=(400, OBS_DIM))} if next_observations else {}
-    rows = own_file(infos=np.arange(400), **columns)
-    run(*OWN, "--num-seeds", 2, "--output-path", "imputed.hdf5", "--output-minari-id", "tests/imputed-v0")
-    source = agent.load_dataset("hopper-own", Path("own.hdf5"))
-    expected, labels = agent_sees(agent, source, 2)
-    for dataset in (agent.load_dataset("hopper-own", Path("imputed.hdf5")), agent.load_dataset("tests/imputed-v0")):
-        np.testing.assert_array_equal(dataset.rewards, expected)
-        for name in ("observations", "actions", "terminals", "episode_ids"):
-            np.testing.assert_array_equal(getattr(dataset, name), getattr(source, name), err_msg=name)
-        alive = dataset.terminals == 0
-        if not next_observations:
-            np.testing.assert_array_equal(dataset.next_observations[alive], source.next_observations[alive])
-        assert (dataset.ref_min, dataset.ref_max) == (source.ref_min, source.ref_max)
-    with h5py.File("imputed.hdf5") as file:
-        assert file["rewards"].shape == (400, 1) and np.isfinite(file["rewards"][()]).all()
-        assert np.array_equal(file["infos"], np.arange(400)) and file["labeled"].dtype == bool
-        assert file["labeled"][()].sum() == len(labels)
-        np.testing.assert_array_equal(
-            file["rewards"][()][file["labeled"]], np.float32(rows["rewards"])[file["labeled"]]
-        )
-        assert json.loads(file.attrs["imputation_settings"])["label_fraction"] == 0.1
-    episodes = list(minari.load_dataset("tests/imputed-v0").iterate_episodes())
-    assert sum(episode.infos["labeled"].sum() for episode in episodes) == len(labels)
-    ends = np.flatnonzero(np.append(np.diff(source.episode_ids), 1))
-    kept = np.flatnonzero(~np.array(rows["timeouts"])[:-1])
-    for episode, last in zip(episodes, ends, strict=True):
-        if next_observations:
-            final = np.float32(rows["next_observations"])[kept[last]]
-        else:
-            final = source.observations[last] if source.terminals[last] else source.next_observations[last]
-        np.testing.assert_array_equal(episode.observations[-1], final)
+@MODELS
+@AGENTS
+def test_a_round_trip_is_what_the_agents_impute_bit_for_bit(
+    agent, model, rows, few_steps, no_environment
+):
+    rows["infos"] = np.arange(NUM_ROWS)
+    write_rows(rows)
+    outputs = "--output-path full.hdf5 --output-minari-id my/full-v0"
+    run(f"{SOME} --reward-model {model} --num-seeds 2 {outputs}")
+    source = agent.load_dataset(None, Path("own.hdf5"))
+    expected, labels = agent_sees(agent, source, model, 2)
+    from_hdf5 = agent.load_dataset(None, Path("full.hdf5"))
+    from_minari = agent.load_dataset("my/full-v0")
+    for dataset in (from_hdf5, from_minari):
+        assert_array_equal(dataset.rewards, expected)
+        for name in TRANSITION:
+            assert_array_equal(getattr(dataset, name), getattr(source, name), name)
+        alive = source.terminals == 0
+        found = dataset.next_observations[alive]
+        assert_array_equal(found, source.next_observations[alive])
+
+    with h5py.File("full.hdf5") as file:
+        assert file["rewards"].shape == (NUM_ROWS, 1), "as in the source"
+        assert np.array_equal(file["infos"], np.arange(NUM_ROWS)), "a column of another program"
+        assert file["labeled"].dtype == bool
+        labelled = file["labeled"][()]
+        assert labelled.sum() == len(labels)
+        assert_array_equal(file["rewards"][labelled], rows["rewards"][labelled])
+        assert json.loads(file.attrs["imputation_settings"])["reward_model"] == model
+        assert model in json.loads(file.attrs["imputation_quality"])
+    episodes = list(minari.load_dataset("my/full-v0").iterate_episodes())
+    marks = np.concatenate([episode.infos["labeled"] for episode in episodes])
+    assert_array_equal(np.flatnonzero(marks), labels)
+
+
+def test_rows_that_are_no_transition_are_completed_too(rows, few_steps):
+    """Those that were cut off: a label on one is kept, any other reward is predicted."""
+    rewards = rows["rewards"]
+    hide_rewards(rewards)
+    rewards[31] = 0.25
+    rewards[71] = np.nan
+    rewards[-1] = np.nan
+    write_rows(rows)
+    run(f"{OWN} --output-path full.hdf5 --run-dir run")
+    known = np.isfinite(rewards)
+    with h5py.File("full.hdf5") as file:
+        full = file["rewards"][()]
+        assert_array_equal(full[known], rewards[known])
+        assert_array_equal(file["labeled"], known[:, 0])
+    known_and_whole = known[:-1].copy()
+    known_and_whole[31::40] = False
+    assert read_json("run/result.json")["num_labels"] == known_and_whole.sum()
+
+    saved = dict(np.load("run/reward_model.npz"))
+    x = np.float32(np.hstack([rows["observations"], rows["actions"]]))
+    x = (x - saved["mean"]) / saved["std"]
+    predicted = saved["reward_mean"] + saved["reward_std"] * apply_mlp(saved, x)
+    assert_allclose(full[~known], predicted[~known], rtol=1e-4, atol=1e-5)
+
+
+def test_a_d4rl_file_keeps_its_rows_and_its_rule(rows, few_steps, monkeypatch):
+    path = Path("d4rl/hopper_medium-v2.hdf5")
+    path.parent.mkdir()
+    wide = {"observations": np.hstack([rows["observations"]] * 3)[:, :11]}
+    write_rows(rows | wide, path)
+    digest = script.hashlib.sha256(path.read_bytes()).hexdigest()
+    monkeypatch.setitem(script.SHA256, "hopper-medium-v2", digest)
+    run("--env-id hopper-medium-v2 --label-fraction 0.1 --output-path full.hdf5")
+    source = script.load_dataset("hopper-medium-v2")
+    with h5py.File("full.hdf5") as file:
+        assert len(file["rewards"]) == NUM_ROWS
+        assert np.isfinite(file["rewards"]).all()
+        found = file["rewards"][file["labeled"][()]][:, 0]
+    labels = draw_labels(source, 0.1, range(1))
+    assert_array_equal(found, source.rewards[labels[0]])
+
+
+def test_a_thinned_log_becomes_episodes_that_end_where_it_has_a_gap(
+    rows, few_steps, no_environment
+):
+    """Its own next_observations go on with the next row, but for every tenth row."""
+    following = np.roll(rows["observations"], -1, axis=0)
+    gaps = np.arange(NUM_ROWS) % 10 == 9
+    following[gaps] += 1
+    del rows["timeouts"]
+    write_rows(rows | {"next_observations": following})
+    run(f"{SOME} --output-minari-id my/thin-v0")
+    made = script.load_dataset("my/thin-v0")
+    for name in ("observations", "actions", "next_observations"):
+        expected = following if name == "next_observations" else rows[name]
+        assert_array_equal(getattr(made, name), np.float32(expected), name)
+    assert_array_equal(made.terminals, rows["terminals"])
+    ends = gaps | rows["terminals"]
+    assert_array_equal(np.diff(made.episode_ids), ends[:-1])
+    for episode in minari.load_dataset("my/thin-v0").iterate_episodes():
         assert episode.terminations[-1] != episode.truncations[-1]
-        assert not (episode.terminations[:-1] | episode.truncations[:-1]).any()
+        assert not episode.terminations[:-1].any()
+        assert not episode.truncations[:-1].any()
 
 
-def test_a_minari_source_becomes_a_minari_dataset():
-    episodes = make_minari("Wide-v0", ref_min_score=0.0, ref_max_score=60.0)
-    run("--env-id", "tests/wide-v0", "--label-fraction", 0.5, "--output-minari-id", "tests/imputed-v0")
-    source, dataset = (script.load_dataset(name) for name in ("tests/wide-v0", "tests/imputed-v0"))
-    labels = script.split_labels(source.rewards, 0.5, range(1))[0]
-    assert (dataset.ref_min, dataset.ref_max) == (0.0, 60.0)
-    for name in ("observations", "actions", "next_observations", "terminals", "episode_ids"):
-        np.testing.assert_array_equal(getattr(dataset, name), getattr(source, name), err_msg=name)
-    np.testing.assert_array_equal(dataset.rewards[labels], source.rewards[labels])
-    for ours, theirs in zip(minari.load_dataset("tests/imputed-v0").iterate_episodes(), episodes, strict=True):
-        np.testing.assert_array_equal(ours.observations, theirs.observations)
+def make_minari(**settings):
+    """tests/wide-v0: twenty episodes of Wide-v0; returns their observations."""
+    rng, episodes = np.random.default_rng(0), []
+    for length in [3, 2, 4, 1] * 5:
+        is_last = np.arange(length) == length - 1
+        episodes.append(
+            EpisodeBuffer(
+                observations=rng.normal(size=(length + 1, 1)),
+                actions=rng.uniform(0, 10, (length, 2)).astype(np.float32),
+                rewards=rng.normal(size=length),
+                terminations=is_last & (length == 3),
+                truncations=is_last & (length != 3),
+            )
+        )
+    minari.create_dataset_from_buffers("tests/wide-v0", episodes, env="Wide-v0", **settings)
+    return [np.float32(episode.observations) for episode in episodes]
 
 
-def test_a_partly_labelled_log_goes_through_the_whole_chain(tmp_path, capsys):
-    rows = own_file()
-    rng = np.random.default_rng(0)
-    rewards = np.where(rng.random((400, 1)) < 0.7, NAN, rows["rewards"])
-    rewards[7], rewards[20] = 0.25, NAN  # dropped rows, one with a label
-    own_file(rewards=rewards)
-    run("--env-id", "hopper-own", "--dataset-path", "own.hdf5", "--output-path", "imputed.hdf5", "--run-dir", "run")
-    assert "20% of the labels, held out" in capsys.readouterr().out
-    result = json.loads(Path("run/result.json").read_text())
-    assert result["num_labels"] == np.isfinite(plain_loop(rows | {"rewards": rewards})[2]).sum()
-    with h5py.File("imputed.hdf5") as file:
-        known = np.isfinite(rewards)
-        np.testing.assert_array_equal(file["rewards"][()][known], np.float32(rewards[known]))
-        np.testing.assert_array_equal(file["labeled"][()], known[:, 0])
-        assert np.isfinite(file["rewards"][()]).all()
-    arguments = [
-        "--env-id",
-        "hopper-own",
-        "--dataset-path",
-        "imputed.hdf5",
-        "--rewards",
-        "oracle",
-        "--num-updates",
-        "10",
-    ]
-    arguments += ["--eval-episodes", "1", "--device", "cpu", "--run-dir", "agent"]
-    iql_imputed.main(script.tyro.cli(iql_imputed.Args, args=arguments))
-    assert re.search(r"result +score", capsys.readouterr().out)
+def test_a_minari_source_becomes_a_minari_dataset_of_the_same_environment(request):
+    observations = make_minari(ref_min_score=0.0, ref_max_score=60.0)
+    request.getfixturevalue("no_environment")  # from here on
+    run("--env-id tests/wide-v0 --label-fraction 0.5 --output-minari-id my/full-v0")
+    source, made = (script.load_dataset(name) for name in ("tests/wide-v0", "my/full-v0"))
+    assert (made.ref_min, made.ref_max) == (0.0, 60.0)
+    assert made.env.env_spec == source.env.env_spec
+    for name in (*TRANSITION, "next_observations"):
+        assert_array_equal(getattr(made, name), getattr(source, name), name)
+    labels = draw_labels(source, 0.5, range(1))[0]
+    assert_array_equal(made.rewards[labels], source.rewards[labels])
+    episodes = minari.load_dataset("my/full-v0").iterate_episodes()
+    for episode, expected in zip(episodes, observations, strict=True):
+        assert_array_equal(episode.observations, expected)
 
 
-BAD_ARGUMENTS = {
-    "existing output": (["--output-path", "own.hdf5"], "exists already"),
-    "malformed Minari id": (["--output-minari-id", "no version"], "my/name-v0"),
-    "Minari id without a version": (["--output-minari-id", "imputed"], "my/name-v0"),
-    "existing Minari id": (["--output-minari-id", "tests/wide-v0"], "exists already"),
-    "HDF5 from Minari": (["--env-id", "tests/wide-v0", "--output-path", "out.hdf5"], "--output-minari-id"),
-    "no epochs": (["--reward-epochs", "0"], "--reward-epochs"),
-    "no such folder": ([*OWN, "--output-path", "none/out.hdf5"], "none/out.hdf5"),
+def test_a_partly_labelled_log_goes_through_the_whole_chain(rows):
+    hide_rewards(rows["rewards"])
+    write_rows(rows)
+    run(f"{OWN} --reward-model gp --output-path full.hdf5")
+    options = "--dataset-path full.hdf5 --rewards oracle --num-updates 4 --batch-size 8"
+    options += " --device cpu --compile off --run-dir agent"
+    iql_imputed.main(script.tyro.cli(iql_imputed.Args, args=options.split()))
+    policy = iql_imputed.Policy(np.load("agent/policy_seed0.npz"))
+    assert policy(rows["observations"]).shape == (NUM_ROWS, ACT_DIM)
+
+
+# --- Mistakes ---
+MISTAKES = {
+    "existing output": (f"{SOME} --output-path own.hdf5", "exists already"),
+    "no such folder": (f"{SOME} --output-path none/full.hdf5", "no folder"),
+    "malformed Minari id": (f"{SOME} --output-minari-id 'no version'", "my/name-v0"),
+    "no version": (f"{SOME} --output-minari-id imputed", "my/name-v0"),
+    "existing Minari id": (f"{SOME} --output-minari-id tests/wide-v0", "exists already"),
+    "Minari to HDF5": ("--env-id tests/wide-v0 --output-path full.hdf5", "--output-minari-id"),
+    "no epochs": (f"{SOME} --reward-epochs 0", "--reward-epochs"),
+    "no seeds": (f"{SOME} --num-seeds 0", "--num-seeds"),
+    "negative seed": (f"{SOME} --seed -1", "--seed"),
+    "label fraction 2": (f"{OWN} --label-fraction 2", "--label-fraction"),
+    "one label": (f"{OWN} --label-fraction 1e-9", "label more"),
+    "unknown dataset": ("--env-id hoper-medium-v2", "hopper-medium-v2"),
+    "run dir in a file": (f"{SOME} --run-dir own.hdf5/run", "own.hdf5"),
 }
 
 
-@pytest.mark.parametrize(("arguments", "message"), BAD_ARGUMENTS.values(), ids=BAD_ARGUMENTS)
-def test_mistakes_are_named(arguments, message, dataset, tmp_path):
+@pytest.mark.parametrize(("options", "message"), MISTAKES.values(), ids=MISTAKES)
+def test_mistakes_are_named_before_anything_is_fitted_or_written(options, message, monkeypatch):
     make_minari()
+    monkeypatch.setattr(script, "fit_reward_model", None)
     with pytest.raises((script.UserError, OSError), match=message):
-        script.main(script.tyro.cli(script.Args, args=list(map(str, ["--reward-epochs", 2, *arguments]))))
-    assert not list(tmp_path.glob("**/*.tmp")) and not Path("out.hdf5").exists()
+        run(options)
+    assert {path.name for path in Path().iterdir()} <= {"own.hdf5", "minari"}
 
 
-def test_a_run_directory_is_never_overwritten(dataset):
-    run(*OWN, "--run-dir", "run")
-    with pytest.raises(script.UserError, match="already holds a run"):
-        run(*OWN, "--run-dir", "run")
+def test_a_run_directory_is_never_overwritten(few_steps):
+    run(f"{SOME} --run-dir run")
+    before = {path: path.read_bytes() for path in Path("run").iterdir()}
+    with pytest.raises(script.UserError, match="run already holds a run"):
+        run(f"{SOME} --run-dir run")
+    assert before == {path: path.read_bytes() for path in Path("run").iterdir()}
+
+
+def test_a_full_disk_leaves_no_part_of_the_dataset(rows, few_steps):
+    write_rows(rows | {"images": np.random.default_rng(0).normal(size=400_000)})
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2_000_000, before[1]))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            run(f"{SOME} --output-path full.hdf5 --run-dir run")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not list(Path().glob("full.hdf5*"))
+    assert Path("run/reward_model.npz").exists()

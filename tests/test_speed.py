@@ -1,77 +1,242 @@
 """What makes a run faster changes nothing in it: compiled, recorded as a CUDA graph, or neither."""
 
+import functools
+import json
 import shutil
+import warnings
 from pathlib import Path
 
+import h5py
+import numpy as np
 import pytest
 import simulated_cuda
 import torch
-from test_run import SMALL, own_dataset, run_here  # noqa: F401, own_dataset is a fixture
 
 import iql_imputed
 import td3bc_imputed
 
-AGENTS = [td3bc_imputed, iql_imputed]
-COMPILED = ("gather", "loss_and_grad", "td_target")
-CPU_FLAGS = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+BOTH = pytest.mark.parametrize("script", [td3bc_imputed, iql_imputed], ids=["td3bc", "iql"])
+X86 = {"cpu_name": "x86", "architecture": "x86_64", "amx_bf16": False}
+X86_WITH_AMX = {"cpu_name": "amx", "architecture": "x86_64", "amx_bf16": True}
+ARM = {"cpu_name": "arm", "architecture": "aarch64"}
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
 
 @pytest.fixture(autouse=True)
-def functions_are_given_back(monkeypatch):
-    """`--compile` replaces them in the script; `--matmul-precision` is for the whole process."""
-    for script in AGENTS:
-        for name in COMPILED:
-            if hasattr(script, name):
-                monkeypatch.setattr(script, name, getattr(script, name))
-    yield
-    torch.set_float32_matmul_precision("highest")
+def log():
+    """log.hdf5: 300 transitions of an episode each, and nowhere to evaluate."""
+    rng = np.random.default_rng(0)
+    actions = rng.uniform(-1, 1, (300, 2))
+    with h5py.File("log.hdf5", "w") as file:
+        file["observations"] = rng.normal(size=(300, 3))
+        file["next_observations"] = rng.normal(size=(300, 3))
+        file["actions"] = actions
+        file["rewards"] = actions.sum(axis=1)
+        file["terminals"] = np.ones(300, bool)
 
 
-def weights(script, run_dir, *options):
-    """All parameters and targets after 100 updates of two seeds."""
-    run_here(script, *SMALL, "--num-updates", 100, "--eval-freq", 100, "--num-seeds", 2, "--run-dir", run_dir, *options)
-    agent = torch.load(run_dir / "checkpoint.pt", map_location="cpu", weights_only=True)["agent"]
-    networks = {name: state for name, state in agent.items() if "optimizer" not in name}
-    return {f"{name}.{key}": tensor for name, state in networks.items() for key, tensor in state.items()}
+@pytest.fixture(autouse=True)
+def speed_is_given_back():
+    """A run sets it for its script and for the whole process."""
+    with warnings.catch_warnings():
+        yield
+    for script in (td3bc_imputed, iql_imputed):
+        script.set_speed("highest", compiled=False)
+    torch._dynamo.reset()
 
 
-def largest_difference(first, second):
-    assert first.keys() == second.keys()
-    return torch.cat([(first[name] - second[name]).abs().flatten() for name in first]).max().item()  # NaN if one is
+OPTIONS = """
+    --dataset-path log.hdf5 --label-fraction 0.2 --reward-epochs 10 --reward-batch-size 25
+    --num-updates 100 --batch-size 16 --num-seeds 2
+    --device cpu --matmul-precision highest --compile off
+"""
 
 
+def train(script, run_dir, *options):
+    """A reward model fitted in 30 steps, the last of each epoch filled up; then 100 updates."""
+    arguments = [*OPTIONS.split(), "--run-dir", run_dir, *options]
+    script.main(script.tyro.cli(script.Args, args=arguments))
+
+
+def read_json(path):
+    return json.loads(Path(path).read_text())
+
+
+def weights_of(run_dir):
+    """Every tensor that was trained: reward model, networks, targets."""
+    state = torch.load(Path(run_dir, "checkpoint.pt"), map_location="cpu", weights_only=True)
+    networks = {name: part for name, part in state["agent"].items() if "optimizer" not in name}
+    networks["reward_model"] = state["reward_model"]
+    tensors = {}
+    for name, network in networks.items():
+        for key, tensor in network.items():
+            tensors[f"{name}.{key}"] = tensor
+    return tensors
+
+
+@functools.cache
+def eager_weights(script):
+    """Of a run that nothing makes faster: one for all tests."""
+    train(script, "eager")
+    return weights_of("eager")
+
+
+def difference_to_eager(script, run_dir):
+    """The largest of all weights; NaN if one of them is."""
+    eager, others = eager_weights(script), weights_of(run_dir)
+    assert eager.keys() == others.keys()
+    differences = [(eager[name] - others[name]).abs().flatten() for name in eager]
+    return torch.cat(differences).max().item()
+
+
+# --- Compiling ---
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
-@pytest.mark.parametrize(("script", "rewards"), list(zip(AGENTS, ("imputed", "oracle"))))  # the fit is compiled as well
-def test_a_compiled_run_equals_an_eager_one(script, rewards, tmp_path):
-    eager, plain = weights(script, tmp_path / "eager", "--rewards", rewards), dict(vars(script))
-    compiled = weights(script, tmp_path / "compiled", "--rewards", rewards, "--compile")
-    assert all(vars(script)[name] is not plain[name] for name in COMPILED if name in plain), "not all was compiled"
-    assert largest_difference(eager, compiled) < 1e-4
+@BOTH
+def test_a_compiled_run_equals_an_eager_one(script):
+    train(script, "compiled", "--compile", "on")
+    for name, function in script.EAGER.items():
+        assert getattr(script, name) is not function, f"{name} was not compiled"
+    assert difference_to_eager(script, "compiled") < 1e-4
 
 
-@pytest.mark.skipif("amx" in CPU_FLAGS, reason="there, medium multiplies in bfloat16")
-@pytest.mark.skipif("avx512bw" not in CPU_FLAGS, reason="without AVX-512, medium changes nothing")
-@pytest.mark.parametrize("script", AGENTS)
-def test_medium_precision_is_float32_by_another_library_on_a_cpu_without_amx(script, tmp_path):
-    highest = weights(script, tmp_path / "highest")
-    medium = weights(script, tmp_path / "medium", "--matmul-precision", "medium")
-    assert 0 < largest_difference(highest, medium) < 1e-4, "another library, no other precision"
+@pytest.mark.parametrize(
+    ("broken", "error"),
+    [
+        ("gather", RuntimeError),  # the first to be compiled
+        ("critic_backward", OSError),  # when others are
+    ],
+)
+@BOTH
+def test_a_compilation_that_fails_is_one_line_and_an_eager_run(
+    script, broken, error, monkeypatch, capsys
+):
+    def fail(*inputs):
+        raise error("the compiler\ncrashed")
+
+    def compile_all_but_one(function, **settings):
+        return fail if function.__name__ == broken else function
+
+    monkeypatch.setattr(torch, "compile", compile_all_but_one)
+    train(script, "broken", "--compile", "on")
+    warning = "warning: cannot compile, going on without: the compiler crashed"
+    assert capsys.readouterr().err.splitlines().count(warning) == 1
+    assert difference_to_eager(script, "broken") == 0
+    assert read_json("broken/result.json")["compile"] is False
 
 
-@pytest.mark.parametrize("script", AGENTS)
-def test_a_recorded_run_equals_an_eager_one_where_cuda_graphs_are_simulated(script, tmp_path, monkeypatch):
-    eager = weights(script, tmp_path / "eager")
-    monkeypatch.setattr(script, "torch", simulated_cuda.Torch())
-    monkeypatch.setattr(simulated_cuda.Graph, "replays", 0)
-    recorded = weights(script, tmp_path / "recorded", "--device", "cuda")
-    assert simulated_cuda.Graph.replays == (100 - 20) / getattr(script.Args(), "policy_freq", 1), "20 updates warm up"
-    assert largest_difference(eager, recorded) == 0
+def test_one_process_compiles_for_data_of_many_shapes(monkeypatch):
+    traced = functools.partial(torch.compile, backend="eager")
+    monkeypatch.setattr(torch, "compile", traced)
+    td3bc_imputed.use_functions(compiled=True)
+    rows = torch.tensor([[0, 1]])
+    for width in range(1, 20):
+        columns = torch.ones(1, 5, width)
+        (drawn,) = td3bc_imputed.gather([columns], rows)
+        assert drawn.shape == (1, 2, width)
+
+
+def test_auto_compiles_long_runs_where_there_is_a_compiler(monkeypatch):
+    choose = td3bc_imputed.choose_compile
+    monkeypatch.setattr(shutil, "which", lambda name: "/usr/bin/g++")
+    assert choose("auto", 1_000_000)
+    assert not choose("auto", 1_000)
+    assert choose("on", 1_000)
+    assert not choose("off", 1_000_000)
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    assert not choose("auto", 1_000_000)
+    assert choose("on", 1_000_000)
+
+
+# --- Precision ---
+@pytest.mark.parametrize(
+    ("capabilities", "device", "precision"),
+    [
+        (X86, CPU, "medium"),
+        (X86_WITH_AMX, CPU, "highest"),
+        (ARM, CPU, "highest"),
+        (X86, GPU, "highest"),
+    ],
+)
+def test_auto_takes_the_fastest_float32(capabilities, device, precision, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+    assert td3bc_imputed.choose_precision("auto", device, None) == precision
+    assert td3bc_imputed.choose_precision("high", device, None) == "high"
+
+
+@BOTH
+def test_what_auto_takes_on_this_machine_is_float32(script):
+    train(script, "auto", "--matmul-precision", "auto")
+    assert difference_to_eager(script, "auto") < 1e-4
+
+
+def train_on(capabilities, run_dir, monkeypatch, *options):
+    """A run on such a processor; returns the precision it was trained with."""
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+    small = ("--rewards", "oracle", "--num-updates", "2", "--matmul-precision", "auto")
+    train(td3bc_imputed, run_dir, *small, *options)
+    return torch.get_float32_matmul_precision()
+
+
+def test_a_resumed_run_keeps_its_precision(monkeypatch):
+    for before, after in ((X86, X86), (X86_WITH_AMX, X86)):
+        precision = train_on(before, before["cpu_name"], monkeypatch)
+        Path(before["cpu_name"], "result.json").unlink()  # it did not finish
+        assert train_on(after, before["cpu_name"], monkeypatch, "--resume") == precision
+
+
+def test_a_run_that_cannot_keep_its_precision_says_so(monkeypatch):
+    assert train_on(X86, "run", monkeypatch) == "medium"
+    with pytest.raises(td3bc_imputed.UserError, match="began with --matmul-precision medium"):
+        train_on(X86_WITH_AMX, "run", monkeypatch, "--resume")
+    with pytest.raises(td3bc_imputed.UserError, match="began with --matmul-precision medium"):
+        train_on(ARM, "run", monkeypatch, "--resume")
+
+
+@BOTH
+def test_a_run_says_and_records_what_was_chosen(script, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: X86)
+    train(script, "run", "--matmul-precision", "auto", "--compile", "auto")
+    for name in ("config.json", "result.json"):
+        record = read_json(f"run/{name}")
+        assert record["device"] == "cpu", name
+        assert record["matmul_precision"] == "medium", name
+        assert record["compile"] is False, name
+    assert "matmul precision medium, not compiled" in capsys.readouterr().out
+
+
+# --- CUDA graphs ---
+@BOTH
+def test_a_recorded_run_equals_an_eager_one_where_cuda_graphs_are_simulated(script, monkeypatch):
+    graphs, asked = [], []
+    repeat = script.repeat
+
+    def record_all(step, generators, recorded):  # also the fit, whose tensors are on the CPU
+        asked.append(recorded)
+        return repeat(step, generators, recorded=True)
+
+    def count(graph):
+        graphs.append(graph)
+        return simulated_cuda.record(graph)
+
+    eager_weights(script)
+    simulated = simulated_cuda.Torch()
+    monkeypatch.setattr(simulated.cuda, "graph", lambda graph, stream: count(graph))
+    monkeypatch.setattr(script, "torch", simulated)
+    monkeypatch.setattr(script, "repeat", record_all)
+    train(script, "recorded", "--device", "cuda")
+    assert asked == [False, True], "an update is to be recorded on a GPU, a fit on the CPU is not"
+    fit, update = graphs
+    calls = 100 // script.Args().policy_freq if script is td3bc_imputed else 100
+    assert (fit.replays, update.replays) == (30 - 10, calls - 10), "the first ten warm up"
+    assert difference_to_eager(script, "recorded") == 0
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("options", [["--cuda-graph"], ["--cuda-graph", "--compile"]], ids=" ".join)
-@pytest.mark.parametrize("script", AGENTS)
-def test_a_recorded_run_equals_an_eager_one_on_a_gpu(script, options, tmp_path):
-    eager = weights(script, tmp_path / "eager", "--device", "cuda", "--no-cuda-graph")
-    recorded = weights(script, tmp_path / "recorded", "--device", "cuda", *options)
-    assert largest_difference(eager, recorded) < 1e-4
+@pytest.mark.parametrize("compiled", ["off", "on"])
+@BOTH
+def test_a_recorded_run_equals_an_eager_one_on_a_gpu(script, compiled):
+    train(script, "eager", "--device", "cuda", "--no-cuda-graph")
+    train(script, "recorded", "--device", "cuda", "--compile", compiled)
+    eager, recorded = weights_of("eager"), weights_of("recorded")
+    for name, tensor in eager.items():
+        torch.testing.assert_close(recorded[name], tensor, rtol=0, atol=1e-4)

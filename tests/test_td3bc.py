@@ -1,129 +1,304 @@
-"""TD3+BC's update against a slow single-seed reference, and the independence of seeds."""
+"""TD3+BC: its update against a slow reference, what an agent starts as; what both agents see."""
 
+import h5py
+import numpy as np
 import pytest
 import torch
-from reference import TD3BC, copy_model, largest_difference
+from reference import (
+    TD3BC,
+    assert_equal_up_to_rounding,
+    copy_seed,
+    equal_parts,
+    layers_of,
+    parameters_of,
+    random_transitions,
+)
 
+import iql_imputed
 import td3bc_imputed as script
 
-OBS_DIM, ACT_DIM, NUM_SEEDS, ROWS = 5, 3, 2, 64
+NUM_SEEDS = 2
+BOTH = pytest.mark.parametrize("script", [script, iql_imputed], ids=["td3bc", "iql"])
 
 
-def make_data(dtype=torch.float32):
-    generator = torch.Generator().manual_seed(7)
-
-    def normal(*shape):
-        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
-
-    terminals = (torch.rand(ROWS, generator=generator) < 0.2).to(dtype)
-    observations = 3 * normal(ROWS, OBS_DIM) + 1
-    actions, rewards = normal(ROWS, ACT_DIM).clamp(-1, 1), normal(NUM_SEEDS, ROWS)
-    data = script.Batch(observations, actions, observations, normal(ROWS, OBS_DIM), terminals)
-    return expanded(data, NUM_SEEDS)._replace(rewards=rewards)
+@pytest.fixture(params=[torch.float64, torch.float32], ids=str)
+def dtype(request):
+    torch.set_default_dtype(request.param)
+    yield
+    torch.set_default_dtype(torch.float32)
 
 
-def expanded(data, num_seeds):
-    """Every tensor with a leading dimension of seeds."""
-    return script.Batch(*(tensor.expand(num_seeds, *tensor.shape) for tensor in data))
+@pytest.fixture
+def data():
+    return random_transitions(script)
 
 
-def train(data, num_calls, alpha=2.5, agent=None):
-    """`num_calls` calls of update, of two updates each; returns the agent and everything that went into them."""
-    args = script.Args(alpha=alpha)
-    agent = agent or script.make_agent(data, range(NUM_SEEDS), args.learning_rate)
+@pytest.fixture
+def seen(data):
+    """Three rows of each seed, others than the other's."""
+    rows = torch.tensor([[0, 5, 9], [1, 2, 3]])
+    return script.Transitions(*script.gather(data, rows))
+
+
+def make_agent(data, script=script, first_seed=0):
+    seeds = range(first_seed, first_seed + len(data.rewards))
+    generators = script.make_generators(seeds, stream=2)
+    return script.Agent(data, generators, script.Args())
+
+
+def train(agent, data, num_calls):
+    """Each call makes two updates of the critics and one of the actor and of all targets."""
+    args = script.Args(batch_size=32)
     generator = torch.Generator().manual_seed(3)
-    inputs = []
     for _ in range(num_calls):
-        batches = script.sample(data, (2, NUM_SEEDS, 32), generator)
-        noise = torch.randn(batches.actions.shape, generator=generator, dtype=data.rewards.dtype)
-        inputs.append((batches, noise))
-        script.update(agent, batches, noise, args)
-    return agent, inputs
+        script.update(agent, data, generator, args)
 
 
+# --- The update ---
 @pytest.mark.parametrize("alpha", [2.5, 0.0])
 @pytest.mark.parametrize("seed", range(NUM_SEEDS))
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_four_updates_equal_the_reference(dtype, seed, alpha):
-    torch.set_default_dtype(dtype)
-    try:
-        data = make_data(dtype)
-        agent = script.make_agent(data, range(NUM_SEEDS), 3e-4)
-        reference = TD3BC(
-            OBS_DIM, ACT_DIM, data.observations[0].mean(0), data.observations[0].std(0, correction=0) + 1e-3, alpha
-        )
-        copy_model(agent.actor.mlp, reference.actor, seed)
-        copy_model(agent.critic.mlp, reference.q1, seed)
-        copy_model(agent.critic.mlp, reference.q2, NUM_SEEDS + seed)
-        reference.start()
-        before = copy_of(agent.critic.mlp)
-        agent, inputs = train(data, 2, alpha, agent)
-    finally:
-        torch.set_default_dtype(torch.float32)
-    for batches, noise in inputs:
-        for k in range(2):
-            batch = script.Batch(*(tensor[k, seed] for tensor in batches))
-            reference.update(*batch, noise[k, seed])
-    pairs = [(agent.actor, reference.actor, seed), (agent.actor_target, reference.actor_target, seed)]
-    for ours, q1, q2 in ((agent.critic, "q1", "q2"), (agent.critic_target, "q1_target", "q2_target")):
-        pairs += [(ours, getattr(reference, q1), seed), (ours, getattr(reference, q2), NUM_SEEDS + seed)]
-    for ours, theirs, model in pairs:
-        absolute, relative = largest_difference(ours.mlp, theirs, model)
-        assert absolute < 1e-10 if dtype == torch.float64 else relative < 1e-5
-    assert not torch.equal(before, copy_of(agent.critic.mlp)), "nothing was trained"
+    data = random_transitions(script)
+    agent = make_agent(data)
+    observations = data.observations[seed]
+    mean = observations.mean(dim=0)
+    std = observations.std(dim=0, correction=0) + 1e-3
+    reference = TD3BC(5, 3, mean, std, alpha)
+    copy_seed(agent, reference, seed)
+    before = parameters_of(agent, seed)
+
+    args = script.Args(alpha=alpha, batch_size=32)
+    generator = torch.Generator().manual_seed(3)
+    same_draws = torch.Generator().manual_seed(3)
+    for _ in range(2):
+        script.update(agent, data, generator, args)
+        for _ in range(2):
+            batch = script.sample(data, 32, same_draws)
+            noise = torch.randn(batch.actions.shape, generator=same_draws)
+            transitions = [tensor[seed] for tensor in batch]
+            reference.update(*transitions, noise[seed])
+
+    assert_equal_up_to_rounding(agent, reference, seed)
+    assert not equal_parts(before, parameters_of(agent, seed)), "not trained"
 
 
-def copy_of(mlp):
-    return torch.cat([parameter.detach().flatten().clone() for parameter in mlp.parameters()])
+def test_seeds_are_independent_to_the_bit(data):
+    rewards = data.rewards.clone()
+    rewards[0] += 5
+    agent, other = make_agent(data), make_agent(data)
+    train(agent, data, 5)
+    train(other, data._replace(rewards=rewards), 5)
+
+    seed_0, seed_1 = parameters_of(agent, 0), parameters_of(agent, 1)
+    assert not equal_parts(seed_0, parameters_of(other, 0)), "these did not see the change"
+    assert equal_parts(seed_1, parameters_of(other, 1)) == seed_1.keys()
 
 
-def test_seeds_are_independent_to_the_bit():
-    data = make_data()
-    other = data._replace(rewards=torch.stack([data.rewards[0] + 5, data.rewards[1]]))
-    agents = [train(rewards, 5)[0] for rewards in (data, other)]  # 10 updates each
-    for name in ("actor", "actor_target", "critic", "critic_target"):
-        networks = [getattr(agent, name) for agent in agents]
-        for a, b in zip(networks[0].parameters(), networks[1].parameters()):
-            assert torch.equal(a[1::NUM_SEEDS], b[1::NUM_SEEDS]), f"{name} of seed 1 saw the rewards of seed 0"
-    a, b = (copy_of(agent.actor.mlp) for agent in agents)
-    assert not torch.equal(a, b), "seed 0 did not see its own rewards"
+def test_a_seed_draws_whole_transitions_of_its_own_rows(seen):
+    batch = script.sample(seen, 100, torch.Generator().manual_seed(0))
+    for seed in range(NUM_SEEDS):
+        own = seen.observations[seed]
+        same = batch.observations[seed].unsqueeze(1) == own  # (100, 3, obs_dim)
+        draws, rows = same.all(dim=-1).nonzero(as_tuple=True)
+        assert len(draws) == 100, "a row that is not the seed's"
+        assert len(rows.unique()) == 3, "not every row is drawn"
+        for drawn, tensor in zip(batch, seen):
+            assert torch.equal(drawn[seed], tensor[seed, rows])
 
 
+# --- What an agent starts as ---
 def test_initial_weights_do_not_depend_on_how_many_seeds_run():
-    data = make_data()
-    together = script.make_agent(data, range(4, 6), 3e-4)
-    alone = script.make_agent(script.Batch(*(tensor[1:] for tensor in data)), range(5, 6), 3e-4)
-    for name in ("actor", "critic"):
-        for a, b in zip(getattr(together, name).parameters(), getattr(alone, name).parameters()):
-            assert torch.equal(a[1::2], b)
+    two_seeds = random_transitions(script, num_seeds=2)
+    one_seed = random_transitions(script, num_seeds=1)
+    together = make_agent(two_seeds, first_seed=4)
+    alone = make_agent(one_seed, first_seed=5)
+    seed_5 = parameters_of(alone, 0)
+    assert equal_parts(seed_5, parameters_of(together, 1)) == seed_5.keys()
 
 
 def test_initialisation_is_that_of_nn_linear():
-    data = expanded(script.Batch(*(tensor[0] for tensor in make_data())), 200)
-    network = script.make_agent(data, range(200), 3e-4).critic
-    for layer in network.mlp[::2]:
-        bound = layer.weight.shape[1] ** -0.5
-        for parameter in (layer.weight, layer.bias):
-            assert parameter.abs().max() <= bound
-            assert parameter.std().item() == pytest.approx(bound / 3**0.5, rel=0.05)
+    agent = make_agent(random_transitions(script, num_seeds=200))
+    for network in (agent.actor, agent.q1, agent.q2):
+        for layer in layers_of(network):
+            bound = layer.weight.shape[1] ** -0.5
+            uniform_std = bound / 3**0.5
+            for parameter in (layer.weight, layer.bias):
+                assert parameter.abs().max() <= bound
+                assert parameter.std().item() == pytest.approx(uniform_std, rel=0.05)
 
 
-def test_observations_are_normalised_with_what_the_agent_may_see():
-    data = make_data()
-    seen = torch.stack([data.observations[0, [0, 5, 9]], data.observations[1, [1, 2, 3]]])
-    agent = script.make_agent(data._replace(observations=seen), range(NUM_SEEDS), 3e-4)
+def test_no_two_networks_start_alike_but_targets_start_as_their_networks(data):
+    agent = make_agent(data)
+    networks = [agent.actor, agent.q1, agent.q2]
+    targets = [agent.actor_target, agent.q1_target, agent.q2_target]
+    weights = [network.layer2.weight for network in networks]
+    for k, weight in enumerate(weights):
+        assert not any(torch.equal(weight, other) for other in weights[:k])
+    for network, target in zip(networks, targets):
+        start = network.state_dict()
+        assert equal_parts(start, target.state_dict()) == start.keys()
+
+
+def test_observations_are_normalised_with_what_the_agent_may_see(seen):
+    agent = make_agent(seen)
+    zeros, ones = torch.zeros(3), torch.ones(3)  # actions go in as they are
     for seed in range(NUM_SEEDS):
-        torch.testing.assert_close(agent.actor.mean[seed, 0], seen[seed].mean(0))
-        torch.testing.assert_close(agent.critic.std[seed, 0], seen[seed].std(0, correction=0) + 1e-3)
+        observations = seen.observations[seed]
+        mean = observations.mean(dim=0)
+        std = observations.std(dim=0, correction=0) + 1e-3
+        torch.testing.assert_close(agent.actor.mean[seed, 0], mean)
+        torch.testing.assert_close(agent.actor.std[seed, 0], std)
+        for critic in (agent.q1, agent.q2):
+            expected = torch.cat([mean, zeros]), torch.cat([std, ones])
+            found = critic.mean[seed, 0], critic.std[seed, 0]
+            torch.testing.assert_close(found, expected)
 
 
-def test_a_seed_draws_whole_transitions_of_its_own_rows():
-    data = make_data()
-    visible = torch.tensor([[0, 5, 9], [1, 2, 3]])
-    seen = script.Batch(*(tensor[torch.arange(NUM_SEEDS)[:, None], visible] for tensor in data))
-    batch = script.sample(seen, (2, NUM_SEEDS, 100), torch.Generator().manual_seed(0))
-    for seed in range(NUM_SEEDS):
-        rows = [torch.where((data.observations[seed] == o).all(1))[0].item() for o in batch.observations[0, seed]]
-        assert set(rows) == set(visible[seed].tolist())
-        for drawn, tensor in zip(batch, data):
-            assert torch.equal(drawn[0, seed], tensor[seed, rows])
+@pytest.mark.parametrize("obs_dim", [1, 5])
+@BOTH
+def test_a_wrong_call_of_a_network_is_an_error(script, obs_dim):
+    data = random_transitions(script, obs_dim=obs_dim)
+    agent = make_agent(data, script)
+    observations, actions = data.observations, data.actions
+    assert agent.actor(observations).shape == (2, 64, 3)
+    assert agent.q1(observations, actions).shape == (2, 64, 1)
+    wrong_calls = [
+        (agent.actor, [actions]),
+        (agent.actor, [observations, actions]),
+        (agent.q1, [observations]),
+        (agent.q1, [actions]),
+        (agent.q1, [actions, observations]),
+        (agent.q1, [observations, observations]),
+    ]
+    for network, inputs in wrong_calls:
+        with pytest.raises((AssertionError, RuntimeError, ValueError)):
+            network(*inputs)
+
+
+# --- What an agent sees, in both scripts ---
+STARTS_AND_ENDS = [(0, 5), (5, 15), (15, 30)]  # of the episodes
+
+
+@pytest.fixture
+def log():
+    """log.hdf5: 30 transitions of 3 episodes, and nowhere to evaluate; returns the rewards."""
+    rng = np.random.default_rng(0)
+    actions = rng.uniform(-1, 1, (30, 2))
+    terminals = np.zeros(30)
+    for _, end in STARTS_AND_ENDS:
+        terminals[end - 1] = 1
+    with h5py.File("log.hdf5", "w") as file:
+        file["observations"] = rng.normal(size=(30, 4))
+        file["actions"] = actions
+        file["rewards"] = 10 + actions.sum(axis=1)
+        file["terminals"] = terminals
+    return np.float32(10 + actions.sum(axis=1))
+
+
+@pytest.fixture
+def labels(log):
+    """Six rows of each of two seeds."""
+    return script.split_labels(log, 0.2, range(2))
+
+
+class FirstUpdate(Exception):
+    """Ends a run where its first update would be made."""
+
+
+def see(script, monkeypatch, *options):
+    """The transitions and the generator from which a run with these options would draw batches."""
+
+    def stop(agent, data, generator, args):
+        raise FirstUpdate(data, generator)
+
+    monkeypatch.setattr(script, "update", stop)
+    shared = "--dataset-path log.hdf5 --num-seeds 2 --label-fraction 0.2"
+    shared += " --reward-epochs 2 --compile off --device cpu"
+    args = script.tyro.cli(script.Args, args=[*shared.split(), *options])
+    with pytest.raises(FirstUpdate) as seen:
+        script.main(args)
+    return seen.value.args
+
+
+@BOTH
+@pytest.mark.parametrize("kind", ["oracle", "zero", "mean", "imputed"])
+def test_hidden_rewards_are_replaced_by_the_chosen_kind(script, kind, log, labels, monkeypatch):
+    data, _ = see(script, monkeypatch, "--rewards", kind, "--no-scale-rewards")
+    for rewards, rows in zip(data.rewards.numpy(), labels):
+        np.testing.assert_array_equal(rewards[rows], log[rows])
+        hidden = np.delete(rewards, rows)
+        true = np.delete(log, rows)
+        if kind == "oracle":
+            np.testing.assert_array_equal(hidden, true)
+        if kind == "zero":
+            assert not hidden.any()
+        if kind == "mean":
+            np.testing.assert_allclose(hidden, log[rows].mean(), rtol=1e-6)
+        if kind == "imputed":
+            assert len(np.unique(hidden)) == 24
+            assert not np.isin(hidden, true).any(), "a hidden reward was seen"
+
+
+@BOTH
+def test_with_labeled_only_labelled_transitions_are_seen(script, labels, log, monkeypatch):
+    every, _ = see(script, monkeypatch, "--rewards", "oracle", "--no-scale-rewards")
+    seen, _ = see(script, monkeypatch, "--rewards", "labeled", "--no-scale-rewards")
+    for few, all_rows in zip(seen, every):
+        for seed in range(2):
+            rows = torch.from_numpy(labels[seed])
+            assert torch.equal(few[seed], all_rows[seed, rows])
+
+
+@pytest.mark.parametrize(("script", "bound"), [(script, 1), (iql_imputed, 1 - 1e-5)])
+def test_actions_are_scaled_to_the_bound_of_the_original(script, bound, log, monkeypatch):
+    data, _ = see(script, monkeypatch, "--rewards", "oracle")
+    for actions in data.actions.reshape(-1, 2).T:
+        assert actions.max().item() == pytest.approx(bound, abs=1e-7)
+        assert actions.min().item() == pytest.approx(-bound, abs=1e-7)
+
+
+@BOTH
+def test_rewards_are_scaled_by_the_returns(script, log, monkeypatch):
+    plain, _ = see(script, monkeypatch, "--rewards", "oracle", "--no-scale-rewards")
+    scaled, _ = see(script, monkeypatch, "--rewards", "oracle", "--scale-rewards")
+    returns = [log[start:end].sum() for start, end in STARTS_AND_ENDS]
+    expected = plain.rewards * 1000 / np.ptp(returns)
+    torch.testing.assert_close(scaled.rewards, expected, rtol=1e-5, atol=0)
+
+
+@BOTH
+def test_rewards_of_labels_alone_are_scaled_by_estimated_returns(script, log, labels, monkeypatch):
+    plain, _ = see(script, monkeypatch, "--rewards", "labeled", "--no-scale-rewards")
+    scaled, _ = see(script, monkeypatch, "--rewards", "labeled", "--scale-rewards")
+    for seed, rows in enumerate(labels):
+        returns = []
+        for start, end in STARTS_AND_ENDS:
+            own = log[rows[(start <= rows) & (rows < end)]]
+            if len(own) > 0:
+                returns.append(own.mean() * (end - start))
+        expected = plain.rewards[seed] * 1000 / np.ptp(returns)
+        torch.testing.assert_close(scaled.rewards[seed], expected, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize(("script", "scales"), [(script, False), (iql_imputed, True)])
+def test_iql_scales_rewards_and_td3bc_does_not_unless_told(script, scales, log, monkeypatch):
+    default, _ = see(script, monkeypatch, "--rewards", "oracle")
+    plain, _ = see(script, monkeypatch, "--rewards", "oracle", "--no-scale-rewards")
+    assert torch.equal(default.rewards, plain.rewards) != scales
+
+
+@BOTH
+def test_reward_model_agent_and_batches_draw_from_streams_of_their_own(script, log, monkeypatch):
+    made = []
+    make_generators = script.make_generators
+
+    def spy(seeds, stream):
+        generators = make_generators(seeds, stream)
+        made.extend(generators)
+        return generators
+
+    monkeypatch.setattr(script, "make_generators", spy)
+    _, batches = see(script, monkeypatch, "--rewards", "imputed")
+    streams = {generator.initial_seed() for generator in [*made, batches]}
+    assert len(made) == 4, "two seeds' reward models and agents"
+    assert len(streams) == 5, "two of them draw the same numbers"
