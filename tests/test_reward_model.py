@@ -545,10 +545,14 @@ def test_the_report_compares_the_models_on_the_same_labels(
     square = (fitted - dataset.rewards[labels]) ** 2
     assert found["train_mse"] == pytest.approx(square.mean(axis=1), rel=1e-3)
 
-    output = capsys.readouterr().out
-    for words in ("train MSE", "return correlation", "mlp ", "gp ", "linear "):
-        assert words in output
-    assert f"{np.mean(found['r2']):.4f} ± {np.std(found['r2']):.4f}" in output
+    lines = capsys.readouterr().out.splitlines()
+    titles = next(line for line in lines if "train MSE" in line)
+    assert titles.split()[-2:] == ["return", "correlation"]
+    for model, numbers in result["quality"].items():
+        line = next(line for line in lines if line.startswith(f"{model} "))
+        printed = [float(text) for text in re.findall(r"(\S+) ±", line)]
+        means = [np.mean(values) for values in numbers.values()]
+        assert printed == pytest.approx(means, rel=1e-3, abs=1e-4)
     assert Path("run/report.png").read_bytes().startswith(b"\x89PNG")
     assert read_json("run/config.json")["label_fraction"] == 0.1
     assert not list(Path("run").glob("*.tmp"))
@@ -802,10 +806,48 @@ def test_a_partly_labelled_log_goes_through_the_whole_chain(rows):
     assert policy(rows["observations"]).shape == (NUM_ROWS, ACT_DIM)
 
 
+# --- Few labels, and other units ---
+@pytest.mark.parametrize("num_known", [3, 11])
+def test_few_labels_are_enough_for_a_report(num_known, rows, few_steps, capsys, recwarn):
+    """Three, of which a single one judges: its R2 is unknown."""
+    rows["rewards"][num_known:] = np.nan
+    write_rows(rows)
+    run(f"{OWN} --run-dir run --output-path full.hdf5 --reward-model gp")
+    quality = read_json("run/result.json")["quality"]
+    assert (quality["gp"]["r2"] == [None]) == (num_known == 3)
+    with h5py.File("full.hdf5") as file:
+        json.loads(file.attrs["imputation_quality"], parse_constant=pytest.fail)
+    assert not [warning for warning in recwarn if warning.category is RuntimeWarning]
+
+
+def test_a_sweep_leaves_out_numbers_of_labels_that_are_all_equal(rows, few_steps):
+    """Rewards of 1 in a row of twenty: among ten labels there may be none."""
+    rows["rewards"] = np.float32(np.arange(NUM_ROWS) % 20 == 0)
+    write_rows(rows)
+    run(f"{OWN} --label-fraction 0.5 --num-seeds 2 --run-dir run --sweep --output-path full.hdf5")
+    swept = {row["labels"] for row in read_json("run/result.json")["sweep"]}
+    assert 300 in swept
+    assert 4 not in swept
+    assert Path("full.hdf5").exists()
+
+
+@pytest.mark.parametrize("unit", [1e-6, 1e9])
+def test_errors_are_printed_in_any_unit(unit, rows, few_steps, capsys):
+    write_rows(rows | {"rewards": np.float32(unit * rows["rewards"])})
+    run(f"{SOME} --run-dir run")
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("mlp "))
+    printed = [float(text) for text in re.findall(r"(\S+) ±", line)]
+    quality = read_json("run/result.json")["quality"]["mlp"]
+    assert printed[2] == pytest.approx(quality["mse"][0], rel=1e-3)
+    assert printed[3] == pytest.approx(quality["mae"][0], rel=1e-3)
+
+
 # --- Mistakes ---
 MISTAKES = {
     "existing output": (f"{SOME} --output-path own.hdf5", "exists already"),
     "no such folder": (f"{SOME} --output-path none/full.hdf5", "no folder"),
+    "no place to write": (f"{SOME} --output-path /proc/full.hdf5", "proc"),
+    "a sweep of few": (f"{OWN} --sweep", "--sweep"),
     "malformed Minari id": (f"{SOME} --output-minari-id 'no version'", "my/name-v0"),
     "no version": (f"{SOME} --output-minari-id imputed", "my/name-v0"),
     "existing Minari id": (f"{SOME} --output-minari-id tests/wide-v0", "exists already"),
@@ -821,7 +863,12 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize(("options", "message"), MISTAKES.values(), ids=MISTAKES)
-def test_mistakes_are_named_before_anything_is_fitted_or_written(options, message, monkeypatch):
+def test_mistakes_are_named_before_anything_is_fitted_or_written(
+    options, message, rows, monkeypatch
+):
+    if "--sweep" in options:
+        rows["rewards"][10:] = np.nan
+        write_rows(rows)
     make_minari()
     monkeypatch.setattr(script, "fit_reward_model", None)
     with pytest.raises((script.UserError, OSError), match=message):
@@ -835,6 +882,26 @@ def test_a_run_directory_is_never_overwritten(few_steps):
     with pytest.raises(script.UserError, match="run already holds a run"):
         run(f"{SOME} --run-dir run")
     assert before == {path: path.read_bytes() for path in Path("run").iterdir()}
+
+
+def test_labels_of_which_the_held_out_ones_alone_differ_are_refused_before_the_fit(
+    rows, monkeypatch
+):
+    rewards = rows["rewards"]
+    rewards[:] = np.nan
+    rewards[:2] = [[0], [1]]  # one to fit to, one to judge on
+    write_rows(rows)
+    monkeypatch.setattr(script, "fit_reward_model", None)
+    with pytest.raises(script.UserError, match="label more"):
+        run(f"{OWN} --run-dir run")
+    assert not Path("run").exists()
+
+
+def test_a_folder_of_the_users_may_become_a_run_directory_and_keeps_its_files(few_steps):
+    Path("mine").mkdir()
+    Path("mine/thesis.tmp").write_text("not a run's")
+    run(f"{SOME} --run-dir mine")
+    assert Path("mine/thesis.tmp").read_text() == "not a run's"
 
 
 def test_a_full_disk_leaves_no_part_of_the_dataset(rows, few_steps):

@@ -5,6 +5,7 @@ Most runs are made in the test's own process. Where a process is what is tested,
 
 import csv
 import inspect
+import io
 import json
 import multiprocessing
 import os
@@ -348,6 +349,16 @@ def test_a_run_directory_is_never_overwritten(script, capsys):
     assert before == {path: path.read_bytes() for path in Path("run").iterdir()}
 
 
+@pytest.mark.parametrize("options", ["", "--resume"])
+def test_a_folder_of_the_users_may_become_a_run_directory_and_keeps_its_files(options):
+    Path("mine/folder.tmp").mkdir(parents=True)
+    Path("mine/thesis.tmp").write_text("not a run's")
+    train_own(td3bc_imputed, f"--num-updates 2 --run-dir mine {options}")
+    assert Path("mine/thesis.tmp").read_text() == "not a run's"
+    assert Path("mine/folder.tmp").is_dir()
+    assert Path("mine/result.json").exists()
+
+
 @pytest.mark.parametrize("step", ["write", "fsync", "replace"])
 @pytest.mark.parametrize("script", [td3bc_imputed, iql_imputed, reward_model])
 def test_a_failed_write_leaves_the_old_file_and_no_part(script, step, tmp_path, monkeypatch):
@@ -605,13 +616,16 @@ def test_another_dataset_is_refused_on_resume(script, own_rewards):
         train_own(script, f"{options} --resume")
 
 
+@pytest.mark.parametrize("model", ["mlp", "gp"])
 @BOTH
-def test_a_resumed_run_does_not_fit_the_reward_model_again(script, monkeypatch):
-    options = "--num-updates 2 --run-dir run"
+def test_a_resumed_run_does_not_fit_the_reward_model_again(script, model, monkeypatch):
+    options = f"--num-updates 2 --run-dir run --reward-model {model}"
     train_own(script, options)
-    forget_result("run")
     monkeypatch.setattr(script, "fit_reward_model", None)
+    quality = read_json("run/result.json")["reward_model"]
+    forget_result("run")
     train_own(script, f"{options} --resume")
+    assert read_json("run/result.json")["reward_model"] == quality
 
 
 def test_a_damaged_checkpoint_is_refused():
@@ -840,6 +854,19 @@ def test_a_dead_worker_is_an_error_and_the_run_goes_on_without_it():
 
 
 # --- Beside other things ---
+@BOTH
+def test_output_may_go_nowhere_or_into_a_notebook(script, monkeypatch):
+    """Neither can be set to write line by line."""
+    for stream in (None, io.StringIO()):
+        arguments = shlex.split(f"{SMALL} {OWN} --num-updates 2 --rewards oracle")
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "argv", [script.__file__, *arguments])
+            patch.setattr(sys, "stdout", stream)
+            runpy.run_path(script.__file__, run_name="__main__")
+    assert "result  " in stream.getvalue()
+    assert len(list(Path("runs").glob("*/result.json"))) == 2
+
+
 def test_the_bundled_dataset_is_found_through_a_link(tmp_path):
     link = tmp_path / "linked.py"
     link.symlink_to(reward_model.__file__)
