@@ -38,7 +38,9 @@ class Recorder(gym.Wrapper):
 
     def step(self, action):
         observation, reward, terminated, truncated, info = self.env.step(action)
-        self.rows.append((self.observation, action, reward, terminated, truncated and not terminated))
+        self.rows.append(
+            (self.observation, action, reward, terminated, truncated and not terminated)
+        )
         self.observation = observation
         return observation, reward, terminated, truncated, info
 
@@ -52,7 +54,8 @@ def main(args: Args) -> None:
         for name, column in columns:
             dtype = bool if name in ("terminals", "timeouts") else np.float32
             file.create_dataset(name, data=np.array(column, dtype), compression="gzip")
-        file["timeouts"][-1] = not file["terminals"][-1]  # the recording ends here, whatever the episode does
+        # The recording ends here, whatever the episode does.
+        file["timeouts"][-1] = not file["terminals"][-1]
         file.attrs["env_id"] = args.env_id
         file.attrs["collector"] = (
             f"SAC (Stable-Baselines3 defaults), {args.random_steps} random steps, seed {args.seed}"
