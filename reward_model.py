@@ -456,7 +456,7 @@ def hidden_rows(dataset: Dataset, labels: np.ndarray) -> np.ndarray:
 def mean_std(values: list) -> str:
     if not np.isfinite(values).all():
         return "unknown"
-    return f"{np.mean(values):.4f} ± {np.std(values):.4f}"
+    return f"{np.mean(values):.4g} ± {np.std(values):.2g}"
 
 
 def print_quality(quality: dict[str, dict]) -> None:
@@ -485,8 +485,8 @@ def report_figure(dataset, kind: str, predicted, labels, quality: dict, calibrat
     panels[0, 0].set_title(f"{kind}: $R^2$ = {quality[kind]['r2'][0]:.3f}")
     draw_episode(panels[0, 1], dataset, imputed, labels[0])
     draw_returns(panels[1, 0], dataset, imputed)
-    means = [np.mean(numbers["r2"]) for numbers in quality.values()]
-    stds = [np.std(numbers["r2"]) for numbers in quality.values()]
+    means = [np.nan_to_num(np.mean(numbers["r2"])) for numbers in quality.values()]
+    stds = [np.nan_to_num(np.std(numbers["r2"])) for numbers in quality.values()]
     bars = panels[1, 1].bar(list(quality), means, yerr=stds, capsize=4, color="tab:blue")
     panels[1, 1].bar_label(bars, fmt="%.3f", label_type="center", color="white")
     panels[1, 1].set(ylabel="$R^2$ on the hidden rewards", ylim=(min(0, *means), 1.02))
@@ -497,9 +497,12 @@ def report_figure(dataset, kind: str, predicted, labels, quality: dict, calibrat
 def draw_rewards(axes, figure: Figure, dataset, predicted, labels, calibration) -> None:
     hidden = hidden_rows(dataset, labels)
     true = dataset.rewards[hidden]
-    settings = {"gridsize": 60, "bins": "log", "cmap": "cividis", "mincnt": 1, "linewidths": 0.1}
-    image = axes.hexbin(true, predicted[hidden], **settings)
-    figure.colorbar(image, ax=axes, label=f"transitions, of {len(hidden):,} hidden")
+    if len(hidden) > 100:
+        settings = {"gridsize": 60, "bins": "log", "cmap": "cividis", "mincnt": 1}
+        image = axes.hexbin(true, predicted[hidden], linewidths=0.1, **settings)
+        figure.colorbar(image, ax=axes, label=f"transitions, of {len(hidden):,} hidden")
+    else:
+        axes.plot(true, predicted[hidden], "o", color="tab:blue", markersize=4)
     axes.axline((true.mean(), true.mean()), slope=1, color="black", linewidth=0.8, linestyle="--")
     axes.set(xlabel="true reward", ylabel="predicted reward")
     if calibration:  # the first hundred of the sample
@@ -541,13 +544,22 @@ def draw_returns(axes, dataset: Dataset, imputed: np.ndarray) -> None:
     axes.set(xlabel="true return", ylabel="imputed return", title=f"{known.sum():,} episodes")
 
 
+def sweep_counts(dataset: Dataset) -> list[int]:
+    """Numbers of labels of a sweep; some known rewards must stay hidden."""
+    num_known = np.count_nonzero(~np.isnan(dataset.rewards))
+    counts = {10, 30, 100, 300, 1000, round(0.01 * num_known)}
+    return sorted(count for count in counts if 2 <= count < num_known)
+
+
 def sweep(dataset: Dataset, seeds: range, args: Args, device, run_dir: Path) -> list[dict]:
     """R2 of each model against the number of labels: printed, in sweep.csv and in sweep.png."""
     num_known = np.count_nonzero(~np.isnan(dataset.rewards))
-    counts = {10, 30, 100, 300, 1000, round(0.01 * num_known)}
     table = []
-    for count in sorted(count for count in counts if 2 <= count < num_known):
+    for count in sweep_counts(dataset):
         labels = split_labels(dataset.rewards, count / num_known, seeds)
+        if (np.ptp(dataset.rewards[labels], axis=1) == 0).any():
+            print(f"{count:10,} labels   skipped: those of a seed are all equal")
+            continue
         for kind in ("mlp", "gp", "linear"):
             _, predicted = fit_and_predict(kind, dataset, labels, seeds, args, device)
             r2 = judge(predicted, dataset, labels)["r2"]
@@ -555,7 +567,7 @@ def sweep(dataset: Dataset, seeds: range, args: Args, device, run_dir: Path) -> 
             row |= {"r2_mean": np.mean(r2), "r2_std": np.std(r2), "r2_worst": np.min(r2)}
             table.append(row)
             print(f"{count:10,} labels   {kind:6s}   R2 {mean_std(r2)}")
-    require(len(table) > 0, "--sweep: there are not enough labels to hide some of them")
+    require(len(table) > 0, "--sweep: the labels are all equal, whatever their number")
     write_csv(run_dir / "sweep.csv", table)
     save_picture(run_dir / "sweep.png", sweep_figure(table))
     return table
@@ -843,7 +855,7 @@ def write_hdf5(source: Path, target: Path, columns: dict, notes: dict) -> None:
                 del file[name]
             file.create_dataset(name, data=column, compression="gzip")
         for name, value in notes.items():
-            file.attrs[f"imputation_{name}"] = json.dumps(value, default=str)
+            file.attrs[f"imputation_{name}"] = to_json(value)
     with replacing(target) as file:
         file.write(content.getbuffer())
 
@@ -955,19 +967,24 @@ def write_csv(path: Path, rows: list[dict]) -> None:
         file.write("\n".join([*lines, ""]).encode())
 
 
-def write_json(path: Path, content: dict) -> None:
+def to_json(content: dict) -> str:
     text = json.dumps(content, default=str)  # a Path becomes its text
     content = json.loads(text, parse_constant=lambda name: None)  # JSON knows no NaN: null
+    return json.dumps(content, indent=2)
+
+
+def write_json(path: Path, content: dict) -> None:
     with replacing(path) as file:
-        file.write(json.dumps(content, indent=2).encode())
+        file.write(to_json(content).encode())
 
 
 def make_run_dir(run_dir: Path | None, name: str) -> Path:
     """`run_dir`, or a new folder in runs/ that no other run has."""
     if run_dir:
         run_dir.mkdir(parents=True, exist_ok=True)
-        for path in run_dir.glob("*.tmp"):  # left by a process that was killed
-            path.unlink()
+        if (run_dir / "config.json").exists():  # a run's, which may have been killed while writing
+            for path in run_dir.glob("*.tmp"):
+                path.unlink()
         return run_dir
     run_dir = Path("runs") / f"{name.replace('/', '-')}__{int(time.time())}"
     run_dir.parent.mkdir(exist_ok=True)
@@ -1096,6 +1113,9 @@ def check_arguments(args: Args) -> None:
         require(not exists, f"--output-path {args.output_path} exists already")
         folder = args.output_path.absolute().parent
         require(folder.is_dir(), f"--output-path {args.output_path}: there is no folder {folder}")
+        temporary = args.output_path.with_name(f"{args.output_path.name}.tmp")
+        temporary.touch()  # an OSError where nothing can be written
+        temporary.unlink()
         hdf5 = args.dataset_path or args.env_id is None or args.env_id in SHA256
         require(hdf5, "--output-path needs an HDF5 source: for Minari there is --output-minari-id")
     if args.output_minari_id:
@@ -1147,11 +1167,13 @@ def main(args: Args) -> None:
     print(f"dataset       {dataset.name}: {num_rows:,} transitions, {num_episodes:,} episodes")
     print(f"labels        {labels.shape[1]:,} of {num_known:,} known rewards, {len(seeds)} seed(s)")
     check_labels(dataset, fitted_to)
+    enough = len(sweep_counts(dataset)) > 0
+    require(enough or not args.sweep, "--sweep: there are not enough labels to hide some of them")
     num_steps = args.reward_epochs * math.ceil(labels.shape[1] / args.reward_batch_size)
     precision = choose_precision(args.matmul_precision, device, None)
     set_speed(precision, choose_compile(args.compile, num_steps))
     run_dir = make_run_dir(args.run_dir, f"{dataset.name}__reward_model__{args.seed}")
-    write_config(run_dir, json.loads(json.dumps(asdict(args), default=str)), resume=False)
+    write_config(run_dir, asdict(args), resume=False)
 
     # 2. The models, fitted to the same labels, and 3. how good they are.
     quality, calibration = {}, None
@@ -1203,7 +1225,8 @@ def main(args: Args) -> None:
 
 if __name__ == "__main__":
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(line_buffering=True, errors="replace")  # in a file, in any locale
+        if hasattr(stream, "reconfigure"):  # in a file, in any locale
+            stream.reconfigure(line_buffering=True, errors="replace")
     try:
         main(tyro.cli(Args, description=__doc__))
     except KeyboardInterrupt:

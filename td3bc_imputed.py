@@ -1042,19 +1042,24 @@ def write_csv(path: Path, rows: list[dict]) -> None:
         file.write("\n".join([*lines, ""]).encode())
 
 
-def write_json(path: Path, content: dict) -> None:
+def to_json(content: dict) -> str:
     text = json.dumps(content, default=str)  # a Path becomes its text
     content = json.loads(text, parse_constant=lambda name: None)  # JSON knows no NaN: null
+    return json.dumps(content, indent=2)
+
+
+def write_json(path: Path, content: dict) -> None:
     with replacing(path) as file:
-        file.write(json.dumps(content, indent=2).encode())
+        file.write(to_json(content).encode())
 
 
 def make_run_dir(run_dir: Path | None, name: str) -> Path:
     """`run_dir`, or a new folder in runs/ that no other run has."""
     if run_dir:
         run_dir.mkdir(parents=True, exist_ok=True)
-        for path in run_dir.glob("*.tmp"):  # left by a process that was killed
-            path.unlink()
+        if (run_dir / "config.json").exists():  # a run's, which may have been killed while writing
+            for path in run_dir.glob("*.tmp"):
+                path.unlink()
         return run_dir
     run_dir = Path("runs") / f"{name.replace('/', '-')}__{int(time.time())}"
     run_dir.parent.mkdir(exist_ok=True)
@@ -1504,7 +1509,8 @@ def main(args: Args) -> None:
 
 if __name__ == "__main__":
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(line_buffering=True, errors="replace")  # in a file, in any locale
+        if hasattr(stream, "reconfigure"):  # in a file, in any locale
+            stream.reconfigure(line_buffering=True, errors="replace")
     try:
         main(tyro.cli(Args, description=__doc__))
     except KeyboardInterrupt:

@@ -46,24 +46,27 @@ OWN = "--env-id own_envs:Wide-v0 --dataset-path own.hdf5"
 
 # --- Environments whose evaluation is never over ---
 class EndlessEnv(own_envs.WideEnv):
-    """Says after how many steps the user presses Ctrl-C."""
+    """In its 50th step the user presses Ctrl-C, once."""
 
     def step(self, action):
         self.t += 1
-        if self.t == 50:
+        if self.t == 50 and not Path("pressed").exists():
+            Path("pressed").touch()
             os.kill(os.getpid(), signal.SIGINT)
         return np.zeros(1), 0.0, False, False, {}
 
 
 class HangingEnv(own_envs.WideEnv):
-    """Hangs in its second step: the first one is made before training."""
+    """Hangs in its fifth episode: one is tried before training, three are the first evaluation."""
 
-    def step(self, action):
-        self.t += 1
-        if self.t == 2:
+    num_episodes = 0
+
+    def reset(self, seed=None, options=None):
+        HangingEnv.num_episodes += 1
+        if HangingEnv.num_episodes == 5:
             Path("hanging").touch()
             time.sleep(600)
-        return np.zeros(1), 0.0, False, False, {}
+        return super().reset(seed=seed, options=options)
 
 
 class DeadlyEnv(own_envs.WideEnv):
@@ -412,6 +415,23 @@ def test_a_run_killed_at_any_moment_is_resumed_to_the_bit(script, workers, momen
         assert not list(run_dir.glob("*.tmp")), "left by the killed process"
 
 
+@BOTH
+def test_what_a_killed_process_left_half_written_vanishes_at_the_next_start(script, monkeypatch):
+    options = "--num-updates 4 --eval-freq 2 --run-dir run"
+    train_own(script, options)
+    forget_result("run")
+    Path("run/policy_seed7.npz.tmp").touch()
+    leave, left = script.evaluations_left, []
+
+    def look(*arguments):
+        left.extend(Path("run").glob("*.tmp"))
+        return leave(*arguments)
+
+    monkeypatch.setattr(script, "evaluations_left", look)
+    train_own(script, f"{options} --resume")
+    assert not left
+
+
 def test_kill_9_leaves_no_worker_and_a_run_that_goes_on_to_the_bit():
     options = f"{OWN} --num-updates 120 --eval-freq 20 --num-seeds 2"
     train(td3bc_imputed, f"{options} --run-dir undisturbed")
@@ -518,15 +538,16 @@ def test_a_signal_is_obeyed_between_the_steps_of_an_evaluation(script, monkeypat
 
 @pytest.fixture(scope="module")
 def hanging(tmp_path_factory):
-    """A process that hangs in its first evaluation, started through a link in the C locale.
+    """A process that hangs in its second evaluation, started through a link in the C locale.
 
     Its standard output is the file `output` of its folder."""
     folder = tmp_path_factory.mktemp("hanging")
     (folder / "a link.py").symlink_to(td3bc_imputed.__file__)
     write_own(folder / "own.hdf5", actions=np.ones((300, 2)), rewards=np.arange(300))
     c_locale = environment(LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0", PATH="/nowhere")
+    c_locale.pop("PYTHONUNBUFFERED", None)
     script = SimpleNamespace(__file__="a link.py")
-    options = f"{OWN} --env-id test_run:Hanging-v0 --num-updates 2"
+    options = f"{OWN} --env-id test_run:Hanging-v0 --num-updates 4 --eval-freq 2"
     with open(folder / "output", "w") as output:
         process = start(script, options, cwd=folder, env=c_locale, stdout=output)
     try:
@@ -540,8 +561,8 @@ def hanging(tmp_path_factory):
 def test_output_arrives_line_by_line_in_any_locale_through_a_link_and_without_git(hanging):
     _, folder = hanging
     lines = (folder / "output").read_text("ascii").splitlines()
-    expected = ["dataset", "rewards", "evaluation", "speed", "reward model"]
-    assert [line[:13].strip() for line in lines] == expected
+    expected = ["dataset", "rewards", "evaluation", "speed", "reward model", "update"]
+    assert [line[:13].rstrip("2 ") for line in lines] == expected
 
 
 def test_a_second_signal_ends_the_process_at_once(hanging):
@@ -906,6 +927,16 @@ def test_a_log_without_a_simulator_becomes_a_policy_and_is_not_evaluated(
         assert (low <= actions).all()
         assert (actions <= high.astype(np.float32)).all()
     assert_identical(read_state("undisturbed")["agent"], read_state("run")["agent"])
+
+
+@BOTH
+def test_with_scaled_rewards_an_agent_does_not_depend_on_their_unit(script, own_rewards):
+    returns = []
+    for unit in (1, 1e-4, 1e6):
+        write_own(rewards=unit * own_rewards)
+        train_own(script, f"--num-updates 20 --scale-rewards --run-dir {unit}")
+        returns.append(read_json(f"{unit}/result.json")["mean"])
+    assert returns == pytest.approx([returns[0]] * 3, rel=1e-5)
 
 
 @BOTH
