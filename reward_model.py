@@ -485,8 +485,9 @@ def report_figure(dataset, kind: str, predicted, labels, quality: dict, calibrat
     panels[0, 0].set_title(f"{kind}: $R^2$ = {quality[kind]['r2'][0]:.3f}")
     draw_episode(panels[0, 1], dataset, imputed, labels[0])
     draw_returns(panels[1, 0], dataset, imputed)
-    means = [np.nan_to_num(np.mean(numbers["r2"])) for numbers in quality.values()]
-    stds = [np.nan_to_num(np.std(numbers["r2"])) for numbers in quality.values()]
+    r2 = [numbers["r2"] for numbers in quality.values()]
+    r2 = np.where(np.isfinite(r2), r2, 0)  # that of a single hidden reward is not defined
+    means, stds = r2.mean(axis=1), r2.std(axis=1)
     bars = panels[1, 1].bar(list(quality), means, yerr=stds, capsize=4, color="tab:blue")
     panels[1, 1].bar_label(bars, fmt="%.3f", label_type="center", color="white")
     panels[1, 1].set(ylabel="$R^2$ on the hidden rewards", ylim=(min(0, *means), 1.02))
