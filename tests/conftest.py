@@ -1,4 +1,4 @@
-"""For all tests: the scripts on the path, no network, no account, no trace in the user's folders."""
+"""For all tests: the scripts on the path, no network, no account, no trace in home folders."""
 
 import os
 import signal
@@ -10,6 +10,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when Minari is imported
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # small networks: threads that wait cost more
 
 
 @pytest.fixture(autouse=True)

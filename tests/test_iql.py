@@ -1,4 +1,4 @@
-"""IQL: its update against a slow reference, what an agent starts as, learning rate, reward scale."""
+"""IQL: its update against a slow reference, initial weights, learning rate, reward scale."""
 
 import math
 
@@ -151,7 +151,12 @@ def test_observations_and_actions_go_in_as_they_are(agent):
 # --- The actor's learning rate ---
 @pytest.mark.parametrize(
     ("num_updates", "factor"),
-    [(0, 1), (250, 0.5 + 0.5**1.5), (500, 0.5), (1000, 0)],
+    [
+        (0, 1),
+        (250, 0.5 + 0.5**1.5),
+        (500, 0.5),
+        (1000, 0),
+    ],
 )
 def test_the_rate_of_the_actor_falls_to_zero_as_a_cosine(num_updates, factor, agent):
     args = script.Args(num_updates=1000, learning_rate=0.004)

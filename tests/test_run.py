@@ -751,7 +751,7 @@ MISTAKES = {
     "resume nothing": (f"{OWN} --resume", "--run-dir"),
     "run dir in a file": (f"{OWN} --run-dir own.hdf5/run", "own.hdf5"),
     "run dir is a file": (f"{OWN} --run-dir own.hdf5", "own.hdf5"),
-    "run dir in a kernel's folder": (f"{OWN} --run-dir /proc/run", "/proc/run"),
+    "run dir in a kernel's folder": (f"{OWN} --run-dir /proc/run", "/proc"),
 }
 
 
@@ -951,7 +951,7 @@ def test_a_partly_labelled_log_trains(script, own_rewards, capsys):
     assert "no hidden reward is known" in output
 
 
-def make_minari(**references):
+def make_minari(**settings):
     """tests/wide-v0: three episodes of Wide-v0."""
     rng, episodes = np.random.default_rng(0), []
     for length in (3, 2, 4):
@@ -965,12 +965,12 @@ def make_minari(**references):
                 truncations=np.zeros(length, bool),
             )
         )
-    minari.create_dataset_from_buffers("tests/wide-v0", episodes, env="Wide-v0", **references)
+    minari.create_dataset_from_buffers("tests/wide-v0", episodes, **settings)
 
 
 @BOTH
 def test_a_minari_dataset_trains_and_scores_are_normalised(script, capsys):
-    make_minari(ref_min_score=10.0, ref_max_score=60.0)
+    make_minari(env="Wide-v0", ref_min_score=10.0, ref_max_score=60.0)
     options = "--env-id tests/wide-v0 --label-fraction 0.7 --num-updates 2"
     train(script, f"{options} --run-dir run")
     (row,) = read_scores("run")
@@ -982,6 +982,18 @@ def test_a_minari_dataset_trains_and_scores_are_normalised(script, capsys):
     elsewhere = "--eval-env-id Wide-v0 --run-dir elsewhere"  # these references are not its own
     train(script, f"{options} {elsewhere}")
     assert read_json("elsewhere/result.json")["metric"] == "return"
+
+
+@pytest.mark.filterwarnings("ignore:env_spec is None")
+@BOTH
+def test_a_minari_dataset_without_an_environment_trains_and_is_not_evaluated(script, capsys):
+    space = own_envs.WideEnv.observation_space
+    make_minari(observation_space=space, action_space=own_envs.WideEnv.action_space)
+    train(script, "--env-id tests/wide-v0 --label-fraction 0.7 --num-updates 2 --run-dir run")
+    assert "evaluation    none (no environment)" in capsys.readouterr().out
+    policy = script.Policy(np.load("run/policy_seed0.npz"))
+    assert policy(np.zeros(1)).shape == (2,)
+    assert not Path("run/scores.csv").exists()
 
 
 # --- Weights & Biases ---

@@ -19,6 +19,7 @@ OWN |= {"ACTION_BOUND"}
 ALGORITHM = {"Agent", "critic_loss", "actor_loss", "update"}
 ALGORITHM |= {"critic_backward", "actor_backward"}
 IQL_ALONE = {"init_orthogonal", "target_q", "value_loss", "value_backward", "set_actor_rate"}
+MULTIPLES = {"num_updates", "eval_freq", "log_freq"}  # in TD3+BC of its own policy_freq
 
 
 def read(script):
@@ -96,6 +97,14 @@ def test_main_differs_only_where_it_calls_the_algorithm():
     calls = r"__(td3bc|iql)_imputed__|set_actor_rate|num_updates \+=|progress\.update"
     for line in differing_lines(td3bc, iql):
         assert re.search(calls, line), line
+
+
+def test_arguments_of_both_agents_are_checked_alike():
+    td3bc, iql = (blocks_of(script)["check_arguments"][1] for script in AGENTS)
+    shared = fields_of(AGENTS[0]).keys() & fields_of(AGENTS[1]).keys()
+    for line in differing_lines(td3bc, iql):
+        checked = set(re.findall(r"args\.(\w+)", line)) - MULTIPLES
+        assert not checked & shared, line
 
 
 def test_a_diff_of_the_agents_shows_the_algorithms_in_at_most_200_lines():
