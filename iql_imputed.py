@@ -230,14 +230,13 @@ class GaussianProcess(nn.Module):
 
         # Logarithms keep them positive. They start at a guess for inputs and labels of variance 1,
         # with which the sums over the inputs are of order 1.
-        def log_parameter(guess: float, width: int) -> nn.Parameter:
-            return nn.Parameter(torch.full((num_seeds, 1, width), math.log(guess)).double())
-
-        self.log_noise = log_parameter(math.exp(-1), 1)
-        self.log_linear = log_parameter(1 / in_dim, 1)
-        self.log_smooth = log_parameter(math.exp(-1), 1)
-        self.log_relevance = log_parameter(1.0, in_dim)  # r_j
-        self.log_inverse_length = log_parameter(in_dim**-0.5, in_dim)  # 1 / l_j
+        one = torch.ones(num_seeds, 1, 1).double()
+        each_input = torch.ones(num_seeds, 1, in_dim).double()
+        self.log_noise = nn.Parameter(-1 * one)
+        self.log_linear = nn.Parameter(-math.log(in_dim) * one)
+        self.log_smooth = nn.Parameter(-1 * one)
+        self.log_relevance = nn.Parameter(0 * each_input)  # r_j
+        self.log_inverse_length = nn.Parameter(-math.log(in_dim) / 2 * each_input)  # 1 / l_j
 
     def inputs(self, observations: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
         x = (torch.cat([observations, actions], dim=-1) - self.mean) / self.std
@@ -288,10 +287,10 @@ class GaussianProcess(nn.Module):
 class RewardModel(nn.Module):
     """f(s, a) of each seed, in the rewards' own unit; the model within sees standard units."""
 
-    def __init__(self, dataset: Dataset, labels: np.ndarray, generators, args):
+    def __init__(self, dataset: Dataset, labeled: np.ndarray, generators, args):
         super().__init__()
-        check_labels(dataset, labels)
-        mean, std = mean_and_std(torch.from_numpy(dataset.rewards[labels].T))  # a column a seed
+        check_labels(dataset, labeled)
+        mean, std = mean_and_std(torch.from_numpy(dataset.rewards[labeled].T))  # a column a seed
         self.register_buffer("reward_mean", mean.unsqueeze(1))  # (seeds, 1), float64
         self.register_buffer("reward_std", std.unsqueeze(1))
         # Observations and actions are known without labels, so all of them normalise. The std of
@@ -305,7 +304,7 @@ class RewardModel(nn.Module):
         std = torch.cat([std, (high - low) / 2])
         std[std == 0] = 1  # an input that never changes
         if args.reward_model == "gp":
-            self.model = GaussianProcess(mean.float(), std.float(), *labels.shape)
+            self.model = GaussianProcess(mean.float(), std.float(), *labeled.shape)
         else:
             mean, std, hidden_dim = mean.float(), std.float(), args.reward_hidden_dim
             self.model = MLP(self.widths, mean, std, hidden_dim, 1, generators)
@@ -317,9 +316,9 @@ class RewardModel(nn.Module):
         return self.reward_mean + self.reward_std * self.model(observations, actions).squeeze(-1)
 
 
-def check_labels(dataset: Dataset, labels: np.ndarray) -> None:
-    differ = (np.ptp(dataset.rewards[labels], axis=1) > 0).all()
-    require(differ, f"a seed's {labels.shape[1]} labelled rewards are all equal: label more")
+def check_labels(dataset: Dataset, labeled: np.ndarray) -> None:
+    differ = (np.ptp(dataset.rewards[labeled], axis=1) > 0).all()
+    require(differ, f"a seed's {labeled.shape[1]} labelled rewards are all equal: label more")
 
 
 # Each loss comes with its backward() in one function: what --compile compiles.
@@ -329,23 +328,24 @@ def reward_backward(model: MLP, observations, actions, rewards) -> None:
     loss.sum().backward()  # a sum over seeds: each gets the gradient it would have alone
 
 
-def fit_reward_model(reward_model: RewardModel, dataset: Dataset, labels, generators, args) -> None:
+def fit_reward_model(reward_model, dataset: Dataset, labeled, generators, args) -> None:
     """Minimise Eq. 4 on each seed's labelled transitions, or condition the Gaussian process.
 
     Of `dataset` it sees observations, actions and rewards; of `args`, reward_* and cuda_graph."""
     model, device = reward_model.model, reward_model.reward_mean.device
-    observations = torch.from_numpy(dataset.observations[labels]).to(device)  # (seeds, labels, ...)
-    actions = torch.from_numpy(dataset.actions[labels]).to(device)
-    rewards = torch.from_numpy(dataset.rewards[labels]).to(device)
+    # Each seed's labelled transitions: (seeds, labels, ...)
+    observations = torch.from_numpy(dataset.observations[labeled]).to(device)
+    actions = torch.from_numpy(dataset.actions[labeled]).to(device)
+    rewards = torch.from_numpy(dataset.rewards[labeled]).to(device)
     rewards = ((rewards - reward_model.reward_mean) / reward_model.reward_std).float()
     if isinstance(model, GaussianProcess):
         return model.fit(observations, actions, rewards)
 
     settings = {"lr": args.reward_learning_rate, "fused": True, "capturable": True}  # for `repeat`
     optimizer = torch.optim.Adam(model.parameters(), **settings)
-    num_seeds, num_labels = labels.shape
+    num_seeds, num_labels = labeled.shape
     batch_size = min(args.reward_batch_size, num_labels)
-    num_batches = math.ceil(num_labels / batch_size)
+    whole_batches = math.ceil(num_labels / batch_size) * batch_size
     # Each next(steps) runs step() once. On a GPU it replays a recording, which reads the same
     # memory each time: `rows` is filled anew.
     rows = torch.zeros(num_seeds, batch_size, dtype=torch.long, device=device)
@@ -360,50 +360,47 @@ def fit_reward_model(reward_model: RewardModel, dataset: Dataset, labels, genera
     for _ in tqdm(range(args.reward_epochs), "reward model", leave=False, disable=None):
         order = torch.stack([torch.randperm(num_labels, generator=g) for g in generators])
         # All batches are of one size: the last one is filled up with labels of the first.
-        missing = num_batches * batch_size - num_labels
-        order = torch.cat([order, order[:, :missing]], dim=1).to(device)
+        order = torch.cat([order, order], dim=1)[:, :whole_batches].to(device)
         for batch_rows in order.split(batch_size, dim=1):
             rows.copy_(batch_rows)
             next(steps)
 
 
 @torch.no_grad()
-def impute_rewards(reward_model: RewardModel, dataset: Dataset, labels: np.ndarray) -> np.ndarray:
+def impute_rewards(reward_model: RewardModel, dataset: Dataset, labeled: np.ndarray) -> np.ndarray:
     """Eq. 5: a labelled transition keeps its reward, any other gets f(s, a); (seeds, N)."""
     device = reward_model.reward_mean.device
-    rewards = np.empty((len(labels), len(dataset.rewards)), np.float32)
+    rewards = np.empty((len(labeled), len(dataset.rewards)), np.float32)
     for start in range(0, len(dataset.rewards), 2048):  # in chunks: hidden layers are large
         chunk = slice(start, start + 2048)
         observations = torch.from_numpy(dataset.observations[chunk]).to(device)
         actions = torch.from_numpy(dataset.actions[chunk]).to(device)
-        each_seed = observations.expand(len(labels), -1, -1), actions.expand(len(labels), -1, -1)
+        each_seed = observations.expand(len(labeled), -1, -1), actions.expand(len(labeled), -1, -1)
         rewards[:, chunk] = reward_model(*each_seed).cpu()
-    np.put_along_axis(rewards, labels, dataset.rewards[labels], axis=1)
+    np.put_along_axis(rewards, labeled, dataset.rewards[labeled], axis=1)
     return rewards
 
 
-def imputation_quality(imputed: np.ndarray, dataset: Dataset, labels: np.ndarray) -> dict | None:
+def imputation_quality(imputed: np.ndarray, dataset: Dataset, labeled: np.ndarray) -> dict | None:
     """How well each seed's imputed rewards match the hidden ones, which no agent sees.
 
-    None if nothing is hidden. The correlation is that of the returns of episodes that are
-    known as a whole."""
-    quality = {"r2": [], "mse": [], "mae": [], "return_correlation": []}
+    None if nothing is hidden; NaN where the true rewards or returns are all equal. Returns are
+    compared where an episode's rewards are all known."""
+    known = ~np.isnan(dataset.rewards)
+    if np.count_nonzero(known) == labeled.shape[1]:
+        return None
     true_returns = np.bincount(dataset.episode_ids, dataset.rewards)
-    is_known_episode = ~np.isnan(true_returns)
-    for rewards, rows in zip(imputed, labels):
-        hidden = ~np.isnan(dataset.rewards)
+    whole = ~np.isnan(true_returns)
+    quality = {"r2": [], "mse": [], "mae": [], "return_correlation": []}
+    for rewards, rows in zip(imputed, labeled):
+        hidden = known.copy()
         hidden[rows] = False
-        if not hidden.any():  # nor for another seed, all have equally many labels
-            return None
         true = dataset.rewards[hidden].astype(np.float64)
         error = rewards[hidden] - true
         returns = np.bincount(dataset.episode_ids, rewards)
-        correlation = np.nan  # of less than two returns, or of equal ones
-        with np.errstate(all="ignore"):
+        with warnings.catch_warnings(action="ignore", category=RuntimeWarning):
             quality["r2"].append(float(1 - np.mean(error**2) / np.var(true)))
-            if np.count_nonzero(is_known_episode) > 1:
-                pair = true_returns[is_known_episode], returns[is_known_episode]
-                correlation = np.corrcoef(*pair)[0, 1]
+            correlation = np.corrcoef(true_returns[whole], returns[whole])[0, 1]
         quality["mse"].append(float(np.mean(error**2)))
         quality["mae"].append(float(np.mean(np.abs(error))))
         quality["return_correlation"].append(float(correlation))
@@ -463,8 +460,8 @@ def init_orthogonal(network: MLP, generators: list[torch.Generator]) -> None:
 def sample(data: Transitions, batch_size: int, generator: torch.Generator) -> Transitions:
     """Transitions drawn uniformly with replacement, for each seed its own."""
     num_seeds, num_rows = data.rewards.shape
-    device = data.rewards.device
-    rows = torch.randint(num_rows, (num_seeds, batch_size), generator=generator, device=device)
+    size, device = (num_seeds, batch_size), generator.device
+    rows = torch.randint(num_rows, size, generator=generator, device=device)
     return Transitions(*gather(data, rows))
 
 
@@ -559,21 +556,21 @@ def update_target(target: nn.Module, network: nn.Module, tau: float) -> None:
 
 
 # --- What the agent sees ---
-def agent_rewards(kind: str, dataset: Dataset, labels: np.ndarray, imputed) -> np.ndarray:
+def agent_rewards(kind: str, dataset: Dataset, labeled: np.ndarray, imputed) -> np.ndarray:
     """Each seed's rewards by the choice of --rewards, (seeds, N)."""
-    labelled = dataset.rewards[labels]
-    rewards = np.zeros((len(labels), len(dataset.rewards)), np.float32)
+    labels = dataset.rewards[labeled]
+    rewards = np.zeros((len(labeled), len(dataset.rewards)), np.float32)
     if kind == "imputed":
         rewards[:] = imputed
     if kind == "oracle":
         rewards[:] = dataset.rewards
     if kind == "mean":
-        rewards[:] = labelled.mean(axis=1, dtype=np.float64, keepdims=True)
-    np.put_along_axis(rewards, labels, labelled, axis=1)  # zero, mean: labels stay as they are
+        rewards[:] = labels.mean(axis=1, dtype=np.float64, keepdims=True)
+    np.put_along_axis(rewards, labeled, labels, axis=1)  # zero, mean: labels stay as they are
     return rewards  # labeled: main() keeps the labelled rows alone
 
 
-def reward_scale(rewards: np.ndarray, labels: np.ndarray, dataset: Dataset, labeled_only: bool):
+def reward_scale(rewards: np.ndarray, labeled: np.ndarray, dataset: Dataset, labeled_only: bool):
     """1000 / (largest - smallest episode return) for each seed, (seeds, 1); as IQL's original.
 
     With `labeled_only` no return is known: each is estimated as the mean of the episode's own
@@ -581,7 +578,7 @@ def reward_scale(rewards: np.ndarray, labels: np.ndarray, dataset: Dataset, labe
     scales = []
     lengths = np.bincount(dataset.episode_ids)
     for k, seed_rewards in enumerate(rewards):
-        rows = labels[k] if labeled_only else np.arange(len(seed_rewards))
+        rows = labeled[k] if labeled_only else np.arange(len(seed_rewards))
         episodes, ids, counts = np.unique(
             dataset.episode_ids[rows], return_inverse=True, return_counts=True
         )
@@ -1352,21 +1349,21 @@ def check_common_arguments(args) -> None:
     require(not no_gpu, "--device cuda: there is no usable GPU here")
 
 
-def check_rewards(args: Args, dataset: Dataset, labels: np.ndarray) -> None:
+def check_rewards(args: Args, dataset: Dataset, labeled: np.ndarray) -> None:
     """What can be wrong with the rewards, before a reward model is fitted."""
     if args.rewards == "oracle":
         known = not np.isnan(dataset.rewards).any()
         require(known, "--rewards oracle needs every reward, and some are NaN")
     if args.rewards == "imputed":
-        check_labels(dataset, labels)
+        check_labels(dataset, labeled)
         one_episode = dataset.episode_ids[-1] == 0
         require(
             not (args.scale_rewards and one_episode),
             "--scale-rewards needs the returns of two episodes, and the dataset is a single one",
         )
     elif args.scale_rewards:
-        rewards = agent_rewards(args.rewards, dataset, labels, None)
-        reward_scale(rewards, labels, dataset, args.rewards == "labeled")
+        rewards = agent_rewards(args.rewards, dataset, labeled, None)
+        reward_scale(rewards, labeled, dataset, args.rewards == "labeled")
 
 
 def fingerprint(dataset: Dataset) -> str:
@@ -1397,11 +1394,11 @@ def describe_quality(quality: dict | None) -> str:
     return ", ".join(means) + " on the hidden rewards"
 
 
-def print_header(dataset: Dataset, labels: np.ndarray, task: Task, config: dict) -> None:
+def print_header(dataset: Dataset, labeled: np.ndarray, task: Task, config: dict) -> None:
     num_rows, num_episodes = len(dataset.rewards), dataset.episode_ids[-1] + 1
     print(f"dataset       {dataset.name}: {num_rows:,} transitions, {num_episodes:,} episodes")
-    known = "all" if config["rewards"] == "oracle" else f"{labels.shape[1]:,} labelled"
-    print(f"rewards       {config['rewards']}, {known}, {len(labels)} seed(s)")
+    known = "all" if config["rewards"] == "oracle" else f"{labeled.shape[1]:,} labelled"
+    print(f"rewards       {config['rewards']}, {known}, {len(labeled)} seed(s)")
     if task.env_spec is None:
         low, high = task.low.round(4).tolist(), task.high.round(4).tolist()
         print(
@@ -1451,13 +1448,13 @@ def main(args: Args) -> None:
     # 1. The transitions, and the few of each seed whose reward may be seen.
     dataset = load_dataset(args.env_id, args.dataset_path)
     task = make_task(dataset, args.eval_env_id)
-    labels = split_labels(dataset.rewards, args.label_fraction, seeds)
-    check_rewards(args, dataset, labels)
+    labeled = split_labels(dataset.rewards, args.label_fraction, seeds)
+    check_rewards(args, dataset, labeled)
     resumed = read_checkpoint(args.run_dir, device) if args.resume else None
     config = make_config(args, dataset, device, resumed)
     if args.resume and (args.run_dir / "result.json").exists():
         return print(f"{args.run_dir} holds a finished run: see its result.json and scores.csv")
-    print_header(dataset, labels, task, config)
+    print_header(dataset, labeled, task, config)
     set_speed(config["matmul_precision"], config["compile"])
     name = f"{dataset.name}__iql_imputed__{args.rewards}__{args.seed}"
     run_dir = make_run_dir(args.run_dir, name)
@@ -1468,22 +1465,22 @@ def main(args: Args) -> None:
     reward_model = imputed = quality = None
     if args.rewards == "imputed":
         generators = make_generators(seeds, stream=1)
-        reward_model = RewardModel(dataset, labels, generators, args).to(device)
+        reward_model = RewardModel(dataset, labeled, generators, args).to(device)
         if resumed:
             reward_model.load_state_dict(resumed["reward_model"])
         else:
-            fit_reward_model(reward_model, dataset, labels, generators, args)
-        imputed = impute_rewards(reward_model, dataset, labels)
-        quality = imputation_quality(imputed, dataset, labels)
+            fit_reward_model(reward_model, dataset, labeled, generators, args)
+        imputed = impute_rewards(reward_model, dataset, labeled)
+        quality = imputation_quality(imputed, dataset, labeled)
         print(f"reward model  {args.reward_model}: {describe_quality(quality)}")
-    rewards = agent_rewards(args.rewards, dataset, labels, imputed)
+    rewards = agent_rewards(args.rewards, dataset, labeled, imputed)
     if args.scale_rewards:
-        rewards *= reward_scale(rewards, labels, dataset, args.rewards == "labeled")
+        rewards *= reward_scale(rewards, labeled, dataset, args.rewards == "labeled")
 
     # 3. The agent, and the transitions it draws from.
     data = make_transitions(dataset, rewards, task, device)
     if args.rewards == "labeled":
-        data = Transitions(*gather(data, torch.from_numpy(labels).to(device)))
+        data = Transitions(*gather(data, torch.from_numpy(labeled).to(device)))
     agent = Agent(data, make_generators(seeds, stream=2), args)
     # Draws for all seeds together, so a seed's batches depend on --num-seeds.
     generator = torch.Generator(device).manual_seed(args.seed)

@@ -208,14 +208,13 @@ class GaussianProcess(nn.Module):
 
         # Logarithms keep them positive. They start at a guess for inputs and labels of variance 1,
         # with which the sums over the inputs are of order 1.
-        def log_parameter(guess: float, width: int) -> nn.Parameter:
-            return nn.Parameter(torch.full((num_seeds, 1, width), math.log(guess)).double())
-
-        self.log_noise = log_parameter(math.exp(-1), 1)
-        self.log_linear = log_parameter(1 / in_dim, 1)
-        self.log_smooth = log_parameter(math.exp(-1), 1)
-        self.log_relevance = log_parameter(1.0, in_dim)  # r_j
-        self.log_inverse_length = log_parameter(in_dim**-0.5, in_dim)  # 1 / l_j
+        one = torch.ones(num_seeds, 1, 1).double()
+        each_input = torch.ones(num_seeds, 1, in_dim).double()
+        self.log_noise = nn.Parameter(-1 * one)
+        self.log_linear = nn.Parameter(-math.log(in_dim) * one)
+        self.log_smooth = nn.Parameter(-1 * one)
+        self.log_relevance = nn.Parameter(0 * each_input)  # r_j
+        self.log_inverse_length = nn.Parameter(-math.log(in_dim) / 2 * each_input)  # 1 / l_j
 
     def inputs(self, observations: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
         x = (torch.cat([observations, actions], dim=-1) - self.mean) / self.std
@@ -266,10 +265,10 @@ class GaussianProcess(nn.Module):
 class RewardModel(nn.Module):
     """f(s, a) of each seed, in the rewards' own unit; the model within sees standard units."""
 
-    def __init__(self, dataset: Dataset, labels: np.ndarray, generators, args):
+    def __init__(self, dataset: Dataset, labeled: np.ndarray, generators, args):
         super().__init__()
-        check_labels(dataset, labels)
-        mean, std = mean_and_std(torch.from_numpy(dataset.rewards[labels].T))  # a column a seed
+        check_labels(dataset, labeled)
+        mean, std = mean_and_std(torch.from_numpy(dataset.rewards[labeled].T))  # a column a seed
         self.register_buffer("reward_mean", mean.unsqueeze(1))  # (seeds, 1), float64
         self.register_buffer("reward_std", std.unsqueeze(1))
         # Observations and actions are known without labels, so all of them normalise. The std of
@@ -283,7 +282,7 @@ class RewardModel(nn.Module):
         std = torch.cat([std, (high - low) / 2])
         std[std == 0] = 1  # an input that never changes
         if args.reward_model == "gp":
-            self.model = GaussianProcess(mean.float(), std.float(), *labels.shape)
+            self.model = GaussianProcess(mean.float(), std.float(), *labeled.shape)
         else:
             mean, std, hidden_dim = mean.float(), std.float(), args.reward_hidden_dim
             self.model = MLP(self.widths, mean, std, hidden_dim, 1, generators)
@@ -295,9 +294,9 @@ class RewardModel(nn.Module):
         return self.reward_mean + self.reward_std * self.model(observations, actions).squeeze(-1)
 
 
-def check_labels(dataset: Dataset, labels: np.ndarray) -> None:
-    differ = (np.ptp(dataset.rewards[labels], axis=1) > 0).all()
-    require(differ, f"a seed's {labels.shape[1]} labelled rewards are all equal: label more")
+def check_labels(dataset: Dataset, labeled: np.ndarray) -> None:
+    differ = (np.ptp(dataset.rewards[labeled], axis=1) > 0).all()
+    require(differ, f"a seed's {labeled.shape[1]} labelled rewards are all equal: label more")
 
 
 # Each loss comes with its backward() in one function: what --compile compiles.
@@ -307,23 +306,24 @@ def reward_backward(model: MLP, observations, actions, rewards) -> None:
     loss.sum().backward()  # a sum over seeds: each gets the gradient it would have alone
 
 
-def fit_reward_model(reward_model: RewardModel, dataset: Dataset, labels, generators, args) -> None:
+def fit_reward_model(reward_model, dataset: Dataset, labeled, generators, args) -> None:
     """Minimise Eq. 4 on each seed's labelled transitions, or condition the Gaussian process.
 
     Of `dataset` it sees observations, actions and rewards; of `args`, reward_* and cuda_graph."""
     model, device = reward_model.model, reward_model.reward_mean.device
-    observations = torch.from_numpy(dataset.observations[labels]).to(device)  # (seeds, labels, ...)
-    actions = torch.from_numpy(dataset.actions[labels]).to(device)
-    rewards = torch.from_numpy(dataset.rewards[labels]).to(device)
+    # Each seed's labelled transitions: (seeds, labels, ...)
+    observations = torch.from_numpy(dataset.observations[labeled]).to(device)
+    actions = torch.from_numpy(dataset.actions[labeled]).to(device)
+    rewards = torch.from_numpy(dataset.rewards[labeled]).to(device)
     rewards = ((rewards - reward_model.reward_mean) / reward_model.reward_std).float()
     if isinstance(model, GaussianProcess):
         return model.fit(observations, actions, rewards)
 
     settings = {"lr": args.reward_learning_rate, "fused": True, "capturable": True}  # for `repeat`
     optimizer = torch.optim.Adam(model.parameters(), **settings)
-    num_seeds, num_labels = labels.shape
+    num_seeds, num_labels = labeled.shape
     batch_size = min(args.reward_batch_size, num_labels)
-    num_batches = math.ceil(num_labels / batch_size)
+    whole_batches = math.ceil(num_labels / batch_size) * batch_size
     # Each next(steps) runs step() once. On a GPU it replays a recording, which reads the same
     # memory each time: `rows` is filled anew.
     rows = torch.zeros(num_seeds, batch_size, dtype=torch.long, device=device)
@@ -338,50 +338,47 @@ def fit_reward_model(reward_model: RewardModel, dataset: Dataset, labels, genera
     for _ in tqdm(range(args.reward_epochs), "reward model", leave=False, disable=None):
         order = torch.stack([torch.randperm(num_labels, generator=g) for g in generators])
         # All batches are of one size: the last one is filled up with labels of the first.
-        missing = num_batches * batch_size - num_labels
-        order = torch.cat([order, order[:, :missing]], dim=1).to(device)
+        order = torch.cat([order, order], dim=1)[:, :whole_batches].to(device)
         for batch_rows in order.split(batch_size, dim=1):
             rows.copy_(batch_rows)
             next(steps)
 
 
 @torch.no_grad()
-def impute_rewards(reward_model: RewardModel, dataset: Dataset, labels: np.ndarray) -> np.ndarray:
+def impute_rewards(reward_model: RewardModel, dataset: Dataset, labeled: np.ndarray) -> np.ndarray:
     """Eq. 5: a labelled transition keeps its reward, any other gets f(s, a); (seeds, N)."""
     device = reward_model.reward_mean.device
-    rewards = np.empty((len(labels), len(dataset.rewards)), np.float32)
+    rewards = np.empty((len(labeled), len(dataset.rewards)), np.float32)
     for start in range(0, len(dataset.rewards), 2048):  # in chunks: hidden layers are large
         chunk = slice(start, start + 2048)
         observations = torch.from_numpy(dataset.observations[chunk]).to(device)
         actions = torch.from_numpy(dataset.actions[chunk]).to(device)
-        each_seed = observations.expand(len(labels), -1, -1), actions.expand(len(labels), -1, -1)
+        each_seed = observations.expand(len(labeled), -1, -1), actions.expand(len(labeled), -1, -1)
         rewards[:, chunk] = reward_model(*each_seed).cpu()
-    np.put_along_axis(rewards, labels, dataset.rewards[labels], axis=1)
+    np.put_along_axis(rewards, labeled, dataset.rewards[labeled], axis=1)
     return rewards
 
 
-def imputation_quality(imputed: np.ndarray, dataset: Dataset, labels: np.ndarray) -> dict | None:
+def imputation_quality(imputed: np.ndarray, dataset: Dataset, labeled: np.ndarray) -> dict | None:
     """How well each seed's imputed rewards match the hidden ones, which no agent sees.
 
-    None if nothing is hidden. The correlation is that of the returns of episodes that are
-    known as a whole."""
-    quality = {"r2": [], "mse": [], "mae": [], "return_correlation": []}
+    None if nothing is hidden; NaN where the true rewards or returns are all equal. Returns are
+    compared where an episode's rewards are all known."""
+    known = ~np.isnan(dataset.rewards)
+    if np.count_nonzero(known) == labeled.shape[1]:
+        return None
     true_returns = np.bincount(dataset.episode_ids, dataset.rewards)
-    is_known_episode = ~np.isnan(true_returns)
-    for rewards, rows in zip(imputed, labels):
-        hidden = ~np.isnan(dataset.rewards)
+    whole = ~np.isnan(true_returns)
+    quality = {"r2": [], "mse": [], "mae": [], "return_correlation": []}
+    for rewards, rows in zip(imputed, labeled):
+        hidden = known.copy()
         hidden[rows] = False
-        if not hidden.any():  # nor for another seed, all have equally many labels
-            return None
         true = dataset.rewards[hidden].astype(np.float64)
         error = rewards[hidden] - true
         returns = np.bincount(dataset.episode_ids, rewards)
-        correlation = np.nan  # of less than two returns, or of equal ones
-        with np.errstate(all="ignore"):
+        with warnings.catch_warnings(action="ignore", category=RuntimeWarning):
             quality["r2"].append(float(1 - np.mean(error**2) / np.var(true)))
-            if np.count_nonzero(is_known_episode) > 1:
-                pair = true_returns[is_known_episode], returns[is_known_episode]
-                correlation = np.corrcoef(*pair)[0, 1]
+            correlation = np.corrcoef(true_returns[whole], returns[whole])[0, 1]
         quality["mse"].append(float(np.mean(error**2)))
         quality["mae"].append(float(np.mean(np.abs(error))))
         quality["return_correlation"].append(float(correlation))
@@ -389,11 +386,11 @@ def imputation_quality(imputed: np.ndarray, dataset: Dataset, labels: np.ndarray
 
 
 # --- Judging ---
-def linear_regression(dataset: Dataset, labels: np.ndarray) -> np.ndarray:
+def linear_regression(dataset: Dataset, labeled: np.ndarray) -> np.ndarray:
     """Each seed's rewards by least squares on (s, a, 1), labels included; (seeds, N)."""
-    rewards = np.empty((len(labels), len(dataset.rewards)), np.float32)
+    rewards = np.empty((len(labeled), len(dataset.rewards)), np.float32)
     inputs = np.hstack([dataset.observations, dataset.actions]).astype(np.float64)
-    for seed_rewards, rows in zip(rewards, labels):
+    for seed_rewards, rows in zip(rewards, labeled):
         center = inputs[rows].mean(axis=0)  # instead of a column of ones: exact in any unit
         true = dataset.rewards[rows].astype(np.float64)
         weights, *_ = np.linalg.lstsq(inputs[rows] - center, true - true.mean())
@@ -401,24 +398,24 @@ def linear_regression(dataset: Dataset, labels: np.ndarray) -> np.ndarray:
     return rewards
 
 
-def fit_and_predict(kind: str, dataset: Dataset, labels: np.ndarray, seeds: range, args, device):
+def fit_and_predict(kind: str, dataset: Dataset, labeled: np.ndarray, seeds: range, args, device):
     """A fitted model and its f(s, a) of every transition, (seeds, N), labels included."""
     if kind == "linear":
-        return None, linear_regression(dataset, labels)
+        return None, linear_regression(dataset, labeled)
     args = replace(args, reward_model=kind)
     generators = make_generators(seeds, stream=1)
-    reward_model = RewardModel(dataset, labels, generators, args).to(device)
-    fit_reward_model(reward_model, dataset, labels, generators, args)
-    return reward_model, impute_rewards(reward_model, dataset, labels[:, :0])
+    reward_model = RewardModel(dataset, labeled, generators, args).to(device)
+    fit_reward_model(reward_model, dataset, labeled, generators, args)
+    return reward_model, impute_rewards(reward_model, dataset, labeled[:, :0])
 
 
-def judge(predicted: np.ndarray, dataset: Dataset, labels: np.ndarray) -> dict[str, list]:
+def judge(predicted: np.ndarray, dataset: Dataset, labeled: np.ndarray) -> dict[str, list]:
     """Each seed's mean squared error on its labels, and its quality on the hidden rewards."""
     imputed = predicted.copy()
-    np.put_along_axis(imputed, labels, dataset.rewards[labels], axis=1)
-    error = np.take_along_axis(predicted, labels, axis=1) - dataset.rewards[labels]
+    np.put_along_axis(imputed, labeled, dataset.rewards[labeled], axis=1)
+    error = np.take_along_axis(predicted, labeled, axis=1) - dataset.rewards[labeled]
     train_mse = np.mean(np.square(error, dtype=np.float64), axis=1).tolist()
-    return {"train_mse": train_mse} | imputation_quality(imputed, dataset, labels)
+    return {"train_mse": train_mse} | imputation_quality(imputed, dataset, labeled)
 
 
 @torch.no_grad()
@@ -436,11 +433,11 @@ def posterior_std(reward_model: RewardModel, observations, actions) -> torch.Ten
     return reward_model.reward_std * (variance.clamp(min=0) + noise).sqrt()
 
 
-def calibrate(reward_model: RewardModel, predicted, dataset: Dataset, labels) -> dict:
+def calibrate(reward_model: RewardModel, predicted, dataset: Dataset, labeled) -> dict:
     """Of the first seed, up to 1,000 hidden rewards with their predictions and 2 std of those."""
-    hidden = hidden_rows(dataset, labels[0])
+    hidden = hidden_rows(dataset, labeled[0])
     rows = np.random.default_rng(0).permutation(hidden)[:1000]
-    device, num_seeds = reward_model.reward_mean.device, len(labels)
+    device, num_seeds = reward_model.reward_mean.device, len(labeled)
     observations = torch.from_numpy(dataset.observations[rows]).to(device)
     actions = torch.from_numpy(dataset.actions[rows]).to(device)
     each_seed = observations.expand(num_seeds, -1, -1), actions.expand(num_seeds, -1, -1)
@@ -450,9 +447,9 @@ def calibrate(reward_model: RewardModel, predicted, dataset: Dataset, labels) ->
     return {"true": true, "expected": expected, "margin": margin, "inside": inside}
 
 
-def hidden_rows(dataset: Dataset, labels: np.ndarray) -> np.ndarray:
+def hidden_rows(dataset: Dataset, labeled: np.ndarray) -> np.ndarray:
     """Transitions with a known reward that one seed's model has not seen."""
-    return np.setdiff1d(np.flatnonzero(~np.isnan(dataset.rewards)), labels)
+    return np.setdiff1d(np.flatnonzero(~np.isnan(dataset.rewards)), labeled)
 
 
 def mean_std(values: list) -> str:
@@ -477,15 +474,15 @@ def save_picture(path: Path, figure: Figure) -> None:
         figure.savefig(file, format="png", dpi=150)
 
 
-def report_figure(dataset, kind: str, predicted, labels, quality: dict, calibration) -> Figure:
+def report_figure(dataset, kind: str, predicted, labeled, quality: dict, calibration) -> Figure:
     """Predicted against true rewards, an episode, the returns, the models compared."""
     figure = Figure(figsize=(10, 8), layout="constrained")
     panels = figure.subplots(2, 2)
     imputed = predicted[0].copy()
-    imputed[labels[0]] = dataset.rewards[labels[0]]
-    draw_rewards(panels[0, 0], figure, dataset, predicted[0], labels[0], calibration)
+    imputed[labeled[0]] = dataset.rewards[labeled[0]]
+    draw_rewards(panels[0, 0], figure, dataset, predicted[0], labeled[0], calibration)
     panels[0, 0].set_title(f"{kind}: $R^2$ = {quality[kind]['r2'][0]:.3f}")
-    draw_episode(panels[0, 1], dataset, imputed, labels[0])
+    draw_episode(panels[0, 1], dataset, imputed, labeled[0])
     draw_returns(panels[1, 0], dataset, imputed)
     r2 = [numbers["r2"] for numbers in quality.values()]
     r2 = np.where(np.isfinite(r2), r2, 0)  # that of a single hidden reward is not defined
@@ -493,12 +490,12 @@ def report_figure(dataset, kind: str, predicted, labels, quality: dict, calibrat
     bars = panels[1, 1].bar(list(quality), means, yerr=stds, capsize=4, color="tab:blue")
     panels[1, 1].bar_label(bars, fmt="%.3f", label_type="center", color="white")
     panels[1, 1].set(ylabel="$R^2$ on the hidden rewards", ylim=(min(0, *means), 1.02))
-    panels[1, 1].set_title(f"the same {labels.shape[1]:,} labels, {len(labels)} seed(s)")
+    panels[1, 1].set_title(f"the same {labeled.shape[1]:,} labels, {len(labeled)} seed(s)")
     return figure
 
 
-def draw_rewards(axes, figure: Figure, dataset, predicted, labels, calibration) -> None:
-    hidden = hidden_rows(dataset, labels)
+def draw_rewards(axes, figure: Figure, dataset, predicted, labeled, calibration) -> None:
+    hidden = hidden_rows(dataset, labeled)
     true = dataset.rewards[hidden]
     if len(hidden) > 100:
         settings = {"gridsize": 60, "bins": "log", "cmap": "cividis", "mincnt": 1}
@@ -517,14 +514,14 @@ def draw_rewards(axes, figure: Figure, dataset, predicted, labels, calibration) 
         axes.legend(loc="upper left")
 
 
-def draw_episode(axes, dataset: Dataset, imputed: np.ndarray, labels: np.ndarray) -> None:
+def draw_episode(axes, dataset: Dataset, imputed: np.ndarray, labeled: np.ndarray) -> None:
     """The beginning of the episode of median return."""
     returns = np.bincount(dataset.episode_ids, imputed)
     episode = np.argsort(returns)[len(returns) // 2]
     rows = np.flatnonzero(dataset.episode_ids == episode)[:150]
     axes.plot(dataset.rewards[rows], color="black", linewidth=1.5, label="true")
     axes.plot(imputed[rows], color="tab:orange", linewidth=1, label="imputed")
-    known = np.flatnonzero(np.isin(rows, labels))
+    known = np.flatnonzero(np.isin(rows, labeled))
     axes.plot(known, imputed[rows[known]], "o", color="tab:blue", markersize=5, label="labelled")
     axes.set(
         xlabel="step", ylabel="reward", title=f"episode {episode}, its first {len(rows)} steps"
@@ -559,13 +556,13 @@ def sweep(dataset: Dataset, seeds: range, args: Args, device, run_dir: Path) -> 
     num_known = np.count_nonzero(~np.isnan(dataset.rewards))
     table = []
     for count in sweep_counts(dataset):
-        labels = split_labels(dataset.rewards, count / num_known, seeds)
-        if (np.ptp(dataset.rewards[labels], axis=1) == 0).any():
+        labeled = split_labels(dataset.rewards, count / num_known, seeds)
+        if (np.ptp(dataset.rewards[labeled], axis=1) == 0).any():
             print(f"{count:10,} labels   skipped: those of a seed are all equal")
             continue
         for kind in ("mlp", "gp", "linear"):
-            _, predicted = fit_and_predict(kind, dataset, labels, seeds, args, device)
-            r2 = judge(predicted, dataset, labels)["r2"]
+            _, predicted = fit_and_predict(kind, dataset, labeled, seeds, args, device)
+            r2 = judge(predicted, dataset, labeled)["r2"]
             row = {"labels": count, "model": kind}
             row |= {"r2_mean": np.mean(r2), "r2_std": np.std(r2), "r2_worst": np.min(r2)}
             table.append(row)
@@ -867,20 +864,20 @@ def write_hdf5(source: Path, target: Path, columns: dict, notes: dict) -> None:
         file.write(content.getbuffer())
 
 
-def complete_rows(source: Path, follow_d4rl: bool, reward_model, dataset, labels, rewards) -> dict:
+def complete_rows(source: Path, follow_d4rl: bool, reward_model, dataset, labeled, rewards) -> dict:
     """A reward for every row of the file, also for those that are no transition; (rows,)."""
     arrays = read_columns(source)
     terminals, timeouts = find_ends(source, arrays)
     is_kept = find_transitions(arrays, terminals, timeouts, follow_d4rl)
     is_known = ~np.isnan(arrays["rewards"])
     is_label = np.zeros(len(is_known), bool)
-    is_label[np.flatnonzero(is_kept)[labels[0]]] = True
-    if labels.shape[1] == np.count_nonzero(is_known[is_kept]):  # every known reward is a label
+    is_label[np.flatnonzero(is_kept)[labeled[0]]] = True
+    if labeled.shape[1] == np.count_nonzero(is_known[is_kept]):  # every known reward is a label
         is_label |= is_known
 
     names = ("observations", "actions", "rewards")
     every_row = dataset._replace(**{name: arrays[name] for name in names})
-    completed = impute_rewards(reward_model, every_row, labels[:, :0])[0]
+    completed = impute_rewards(reward_model, every_row, labeled[:, :0])[0]
     completed[is_kept] = rewards[0]
     completed[is_label] = arrays["rewards"][is_label]
     return {"rewards": completed, "labeled": is_label}
@@ -912,9 +909,9 @@ def read_episodes(args: Args, dataset: Dataset) -> list[dict[str, np.ndarray]]:
     return episodes
 
 
-def write_minari(args: Args, dataset: Dataset, labels: np.ndarray, rewards: np.ndarray) -> None:
+def write_minari(args: Args, dataset: Dataset, labeled: np.ndarray, rewards: np.ndarray) -> None:
     """A Minari dataset of the same episodes with all rewards of the first seed."""
-    is_label = np.isin(np.arange(len(dataset.rewards)), labels[0])
+    is_label = np.isin(np.arange(len(dataset.rewards)), labeled[0])
     buffers = []
     for episode in read_episodes(args, dataset):
         rows = episode.pop("rows")
@@ -926,7 +923,7 @@ def write_minari(args: Args, dataset: Dataset, labels: np.ndarray, rewards: np.n
         "observation_space": gym.spaces.Box(-np.inf, np.inf, (obs_dim,), np.float32),
         "action_space": gym.spaces.Box(low, high, dtype=np.float32),
     }
-    text = f"{dataset.name} with imputed rewards; infos/labeled marks the {labels.shape[1]} given"
+    text = f"{dataset.name} with imputed rewards; infos/labeled marks the {labeled.shape[1]} given"
     references = {"ref_min_score": dataset.ref_min, "ref_max_score": dataset.ref_max}
     try:
         with warnings.catch_warnings(action="ignore"):  # of an author and others that nobody knows
@@ -1147,11 +1144,11 @@ def check_common_arguments(args) -> None:
     require(not no_gpu, "--device cuda: there is no usable GPU here")
 
 
-def hold_out(labels: np.ndarray, seeds: range) -> np.ndarray:
+def hold_out(labeled: np.ndarray, seeds: range) -> np.ndarray:
     """Four fifths of each seed's labels, where there is no other reward to judge on."""
-    count = max(1, int(0.8 * labels.shape[1]))
+    count = max(1, int(0.8 * labeled.shape[1]))
     draws = []
-    for seed, rows in zip(seeds, labels):
+    for seed, rows in zip(seeds, labeled):
         draws.append(np.random.default_rng(seed).permutation(rows)[:count])
     return np.sort(draws, axis=1)
 
@@ -1163,20 +1160,22 @@ def main(args: Args) -> None:
 
     # 1. The transitions, and the few of each seed whose reward may be seen.
     dataset = load_dataset(args.env_id, args.dataset_path)
-    labels = split_labels(dataset.rewards, args.label_fraction, seeds)
+    labeled = split_labels(dataset.rewards, args.label_fraction, seeds)
     num_known = np.count_nonzero(~np.isnan(dataset.rewards))
     num_episodes = dataset.episode_ids[-1] + 1
-    fitted_to, judged_on = labels, "the hidden rewards"
-    if labels.shape[1] == num_known:  # nothing is hidden
-        fitted_to = hold_out(labels, seeds)
+    fitted_to, judged_on = labeled, "the hidden rewards"
+    if labeled.shape[1] == num_known:  # nothing is hidden
+        fitted_to = hold_out(labeled, seeds)
         judged_on = "20% of the labels, held out; the model written is then fitted to all labels"
     num_rows = len(dataset.rewards)
     print(f"dataset       {dataset.name}: {num_rows:,} transitions, {num_episodes:,} episodes")
-    print(f"labels        {labels.shape[1]:,} of {num_known:,} known rewards, {len(seeds)} seed(s)")
+    print(
+        f"labels        {labeled.shape[1]:,} of {num_known:,} known rewards, {len(seeds)} seed(s)"
+    )
     check_labels(dataset, fitted_to)
     enough = len(sweep_counts(dataset)) > 0
     require(enough or not args.sweep, "--sweep: there are not enough labels to hide some of them")
-    num_steps = args.reward_epochs * math.ceil(labels.shape[1] / args.reward_batch_size)
+    num_steps = args.reward_epochs * math.ceil(labeled.shape[1] / args.reward_batch_size)
     precision = choose_precision(args.matmul_precision, device, None)
     set_speed(precision, choose_compile(args.compile, num_steps))
     run_dir = make_run_dir(args.run_dir, f"{dataset.name}__reward_model__{args.seed}")
@@ -1197,7 +1196,7 @@ def main(args: Args) -> None:
         print(f"calibration   {inside} of the hidden rewards are within ± 2 std (should be 95%)")
     figure = report_figure(dataset, args.reward_model, chosen, fitted_to, quality, calibration)
     save_picture(run_dir / "report.png", figure)
-    result = {"num_labels": labels.shape[1], "judged_on": judged_on, "quality": quality}
+    result = {"num_labels": labeled.shape[1], "judged_on": judged_on, "quality": quality}
     result["reward_model"] = args.reward_model
     result["inside_2_std"] = calibration["inside"] if calibration else None
     if args.sweep:
@@ -1206,9 +1205,9 @@ def main(args: Args) -> None:
     write_json(run_dir / "result.json", result)
 
     # 4. The model, fitted to all labels, and the dataset with the rewards of its first seed.
-    if fitted_to is not labels:
-        reward_model, _ = fit_and_predict(args.reward_model, dataset, labels, seeds, args, device)
-    rewards = impute_rewards(reward_model, dataset, labels)
+    if fitted_to is not labeled:
+        reward_model, _ = fit_and_predict(args.reward_model, dataset, labeled, seeds, args, device)
+    rewards = impute_rewards(reward_model, dataset, labeled)
     state = {
         name.removeprefix("model."): x.cpu().numpy()
         for name, x in reward_model.state_dict().items()
@@ -1218,14 +1217,14 @@ def main(args: Args) -> None:
     if args.output_path:
         source = args.dataset_path or find_file(dataset.name)
         follow_d4rl = args.dataset_path is None
-        columns = complete_rows(source, follow_d4rl, reward_model, dataset, labels, rewards)
+        columns = complete_rows(source, follow_d4rl, reward_model, dataset, labeled, rewards)
         notes = {"quality": quality, "judged_on": judged_on, "settings": asdict(args)}
         write_hdf5(source, args.output_path, columns, notes)
-        print(f"written       {args.output_path}: {labels.shape[1]:,} labels, all else imputed")
+        print(f"written       {args.output_path}: {labeled.shape[1]:,} labels, all else imputed")
     if args.output_minari_id:
-        write_minari(args, dataset, labels, rewards)
+        write_minari(args, dataset, labeled, rewards)
         print(
-            f"written       {args.output_minari_id}: {labels.shape[1]:,} labels, all else imputed"
+            f"written       {args.output_minari_id}: {labeled.shape[1]:,} labels, all else imputed"
         )
     print(f"result        R2 {mean_std(quality[args.reward_model]['r2'])}, in {run_dir}")
 

@@ -934,19 +934,19 @@ def test_labels_are_one_percent_of_a_full_dataset_and_all_of_a_partly_labelled_o
     rewards = np.arange(1000, dtype=np.float32)
     assert script.split_labels(rewards, None, range(2)).shape == (2, 10)
     rewards[200:] = NAN
-    labels = script.split_labels(rewards, None, range(2))
-    assert np.array_equal(labels, [np.arange(200)] * 2)
+    labeled = script.split_labels(rewards, None, range(2))
+    assert np.array_equal(labeled, [np.arange(200)] * 2)
 
 
 def test_labels_are_drawn_from_what_is_known_without_replacement_for_each_seed():
     rewards = np.arange(1000, dtype=np.float32)
     rewards[200:] = NAN
-    labels = script.split_labels(rewards, 0.25, range(3))
-    assert labels.shape == (3, 50)
-    assert labels.max() < 200
-    for rows in labels:
+    labeled = script.split_labels(rewards, 0.25, range(3))
+    assert labeled.shape == (3, 50)
+    assert labeled.max() < 200
+    for rows in labeled:
         assert len(set(rows)) == 50
-    assert not np.array_equal(labels[0], labels[1])
+    assert not np.array_equal(labeled[0], labeled[1])
 
 
 def test_labels_do_not_depend_on_how_many_seeds_run():
@@ -965,9 +965,9 @@ def test_a_log_that_nobody_labelled_is_refused():
 def test_labels_that_teach_nothing_are_refused(fraction):
     rewards = np.arange(60.0) if fraction == 1e-9 else np.ones(60)
     dataset = load(make_rows(rewards=rewards))
-    labels = script.split_labels(dataset.rewards, fraction, range(2))
+    labeled = script.split_labels(dataset.rewards, fraction, range(2))
     with pytest.raises(script.UserError, match="labelled rewards are all equal: label more"):
-        script.check_labels(dataset, labels)
+        script.check_labels(dataset, labeled)
 
 
 # --- Features in any unit ---
@@ -981,8 +981,8 @@ def standard_inputs(observations):
         **dict.fromkeys(["next_observations", "terminals", "episode_ids", "env"]),
         **dict.fromkeys(["ref_min", "ref_max", "name"]),
     )
-    labels = np.arange(2)[None]
-    model = script.RewardModel(dataset, labels, None, script.Args(reward_model="gp")).model
+    labeled = np.arange(2)[None]
+    model = script.RewardModel(dataset, labeled, None, script.Args(reward_model="gp")).model
     inputs = model.inputs(torch.tensor(dataset.observations), torch.zeros(num_rows, 1))
     return inputs[:, :-1].numpy()
 

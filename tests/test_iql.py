@@ -210,20 +210,20 @@ def make_dataset(rewards, episode_ids):
 
 def test_rewards_are_scaled_by_1000_over_the_range_of_the_returns_that_the_agent_sees():
     dataset = make_dataset(rewards=[1, 2, 3, 4, 5], episode_ids=[0, 0, 1, 1, 1])
-    labels = np.array([[0, 1], [2, 3]])
+    labeled = np.array([[0, 1], [2, 3]])
     all_rewards = [1, 2, 3, 4, 5]  # returns 3 and 12
     labels_and_zeros = [0, 0, 3, 4, 0]  # returns 0 and 7
     rewards = np.float32([all_rewards, labels_and_zeros])
-    scale = script.reward_scale(rewards, labels, dataset, labeled_only=False)
+    scale = script.reward_scale(rewards, labeled, dataset, labeled_only=False)
     expected = [[1000 / (12 - 3)], [1000 / (7 - 0)]]
     np.testing.assert_allclose(scale, expected, rtol=1e-6)
 
 
 def test_of_labels_alone_a_return_is_the_mean_of_an_episodes_labels_times_its_length():
     dataset = make_dataset(rewards=[1, 2, 3, 4, 5, 9], episode_ids=[0, 0, 1, 1, 1, 2])
-    labels = np.array([[1, 2, 4]])
+    labeled = np.array([[1, 2, 4]])
     rewards = np.float32([[0, 2, 3, 0, 5, 0]])
-    scale = script.reward_scale(rewards, labels, dataset, labeled_only=True)
+    scale = script.reward_scale(rewards, labeled, dataset, labeled_only=True)
     first = 2 * 2  # its only label is 2
     second = 3 * 4  # its labels are 3 and 5; the third episode has none
     np.testing.assert_allclose(scale, [[1000 / (second - first)]], rtol=1e-6)
@@ -238,8 +238,8 @@ def test_equal_returns_are_refused_before_anything_is_fitted():
 
 def test_a_single_episode_is_refused_before_anything_is_fitted():
     dataset = make_dataset(rewards=[1, 2, 2, 1], episode_ids=[0, 0, 0, 0])
-    labels = np.array([[0, 1]])
+    labeled = np.array([[0, 1]])
     with pytest.raises(script.UserError, match="a single one"):
-        script.check_rewards(script.Args(), dataset, labels)
+        script.check_rewards(script.Args(), dataset, labeled)
     unscaled = script.Args(scale_rewards=False)
-    script.check_rewards(unscaled, dataset, labels)
+    script.check_rewards(unscaled, dataset, labeled)

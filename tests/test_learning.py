@@ -80,12 +80,12 @@ def test_imputed_rewards_beat_labelled_transitions_alone(script, reward_model, o
 def test_a_hundred_labels_tell_most_of_the_hidden_rewards_of_the_bundled_dataset(reward_model, r2):
     script, seeds = td3bc_imputed, range(2)
     dataset, args = script.load_dataset(), script.Args(reward_model=reward_model)
-    labels = script.split_labels(dataset.rewards, 0.001, seeds)
-    assert labels.shape == (2, 100)
+    labeled = script.split_labels(dataset.rewards, 0.001, seeds)
+    assert labeled.shape == (2, 100)
     generators = script.make_generators(seeds, stream=1)
-    model = script.RewardModel(dataset, labels, generators, args)
-    script.fit_reward_model(model, dataset, labels, generators, args)
-    imputed = script.impute_rewards(model, dataset, labels)
-    quality = script.imputation_quality(imputed, dataset, labels)
+    model = script.RewardModel(dataset, labeled, generators, args)
+    script.fit_reward_model(model, dataset, labeled, generators, args)
+    imputed = script.impute_rewards(model, dataset, labeled)
+    quality = script.imputation_quality(imputed, dataset, labeled)
     assert min(quality["r2"]) > r2
     assert min(quality["return_correlation"]) > 0.95

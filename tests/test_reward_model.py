@@ -85,15 +85,15 @@ def draw_labels(dataset, fraction, seeds=SEEDS):
     return script.split_labels(dataset.rewards, fraction, seeds)
 
 
-def fit(dataset, labels, args, seeds=SEEDS):
+def fit(dataset, labeled, args, seeds=SEEDS):
     generators = script.make_generators(seeds, stream=1)
-    model = script.RewardModel(dataset, labels, generators, args)
-    script.fit_reward_model(model, dataset, labels, generators, args)
+    model = script.RewardModel(dataset, labeled, generators, args)
+    script.fit_reward_model(model, dataset, labeled, generators, args)
     return model
 
 
-def impute(dataset, labels, args, seeds=SEEDS):
-    return script.impute_rewards(fit(dataset, labels, args, seeds), dataset, labels)
+def impute(dataset, labeled, args, seeds=SEEDS):
+    return script.impute_rewards(fit(dataset, labeled, args, seeds), dataset, labeled)
 
 
 def predict(model, dataset):
@@ -102,12 +102,12 @@ def predict(model, dataset):
     return script.impute_rewards(model, dataset, no_labels)
 
 
-def judge(imputed, dataset, labels):
-    return script.imputation_quality(imputed, dataset, labels)
+def judge(imputed, dataset, labeled):
+    return script.imputation_quality(imputed, dataset, labeled)
 
 
-def hidden_rows(dataset, labels):
-    return np.setdiff1d(np.arange(len(dataset.rewards)), labels)
+def hidden_rows(dataset, labeled):
+    return np.setdiff1d(np.arange(len(dataset.rewards)), labeled)
 
 
 @pytest.fixture
@@ -177,11 +177,11 @@ def fit_plainly(inputs, rewards, seed):
 
 
 def test_the_fit_equals_a_plain_loop_for_each_seed(dataset):
-    labels = draw_labels(dataset, 0.05)
-    assert labels.shape[1] % 8 == 3, "the last batch has to be filled up"
-    predicted = predict(fit(dataset, labels, settings()), dataset)
+    labeled = draw_labels(dataset, 0.05)
+    assert labeled.shape[1] % 8 == 3, "the last batch has to be filled up"
+    predicted = predict(fit(dataset, labeled, settings()), dataset)
     inputs = torch.tensor(standard_inputs(dataset))
-    for k, rows in enumerate(labels):
+    for k, rows in enumerate(labeled):
         expected = fit_plainly(inputs[rows], dataset.rewards[rows], seed=k)
         assert_allclose(predicted[k, rows], expected, rtol=1e-3, atol=1e-4)
 
@@ -194,8 +194,8 @@ def test_a_feature_that_is_nearly_always_the_same_is_not_blown_up(dataset):
     observations[0, 0] = 8
     observations[:, 1] = 5
     dataset = dataset._replace(observations=observations, actions=dataset.actions[many])
-    labels = draw_labels(dataset, 0.05)
-    std = script.RewardModel(dataset, labels, None, settings("gp")).model.std
+    labeled = draw_labels(dataset, 0.05)
+    std = script.RewardModel(dataset, labeled, None, settings("gp")).model.std
     others = dataset.observations[:, 2:].std(axis=0, dtype=np.float64)
     assert_allclose(std[:OBS_DIM], [1e-3, 1, *others], rtol=1e-4)
 
@@ -212,23 +212,23 @@ def test_a_seed_fits_the_same_alone_or_among_others(model, dataset):
 
 @MODELS
 def test_imputation_keeps_labels_and_sees_no_hidden_reward(model, dataset):
-    labels = draw_labels(dataset, 0.05)
+    labeled = draw_labels(dataset, 0.05)
     secret = np.full_like(dataset.rewards, np.nan)
-    secret[labels] = dataset.rewards[labels]
-    imputed = impute(dataset, labels, settings(model))
-    without = impute(dataset._replace(rewards=secret), labels, settings(model))
+    secret[labeled] = dataset.rewards[labeled]
+    imputed = impute(dataset, labeled, settings(model))
+    without = impute(dataset._replace(rewards=secret), labeled, settings(model))
     assert_array_equal(imputed, without)
     for k in range(2):
-        assert_array_equal(imputed[k, labels[k]], dataset.rewards[labels[k]])
-        hidden = hidden_rows(dataset, labels[k])
+        assert_array_equal(imputed[k, labeled[k]], dataset.rewards[labeled[k]])
+        hidden = hidden_rows(dataset, labeled[k])
         error = imputed[k, hidden] - dataset.rewards[hidden]
         assert np.abs(error).min() > 1e-7
 
 
 @MODELS
 def test_imputation_in_chunks_is_imputation_at_once(model, dataset, few_steps):
-    labels = draw_labels(dataset, 0.05)
-    fitted = fit(dataset, labels, settings(model))
+    labeled = draw_labels(dataset, 0.05)
+    fitted = fit(dataset, labeled, settings(model))
     many = dataset._replace(
         observations=np.tile(dataset.observations, (12, 1)),
         actions=np.tile(dataset.actions, (12, 1)),
@@ -252,12 +252,12 @@ UNITS = [  # scale, offset in standard deviations
 
 @MODELS
 def test_r2_does_not_depend_on_the_unit_of_the_rewards(model, dataset):
-    labels = draw_labels(dataset, 0.3)
+    labeled = draw_labels(dataset, 0.3)
     args = settings(model, reward_epochs=40, reward_batch_size=32)
 
     def r2(rewards):
         changed = dataset._replace(rewards=np.float32(rewards))
-        return judge(impute(changed, labels, args), changed, labels)["r2"]
+        return judge(impute(changed, labeled, args), changed, labeled)["r2"]
 
     expected = r2(dataset.rewards)
     assert min(expected) > 0.8, "a model that learned nothing would pass"
@@ -270,15 +270,15 @@ def test_r2_does_not_depend_on_the_unit_of_the_rewards(model, dataset):
 
 @MODELS
 def test_r2_does_not_depend_on_the_unit_of_a_feature(model, dataset):
-    labels = draw_labels(dataset, 0.3)
+    labeled = draw_labels(dataset, 0.3)
     args = settings(model, reward_epochs=40, reward_batch_size=32)
     units = np.float32([1e-6, 1e6, 1, 1e3, 1e-3])
     changed = dataset._replace(
         observations=dataset.observations * units + 100 * units,
         actions=50 * dataset.actions + 1000,
     )
-    quality = judge(impute(dataset, labels, args), dataset, labels)
-    found = judge(impute(changed, labels, args), changed, labels)
+    quality = judge(impute(dataset, labeled, args), dataset, labeled)
+    found = judge(impute(changed, labeled, args), changed, labeled)
     assert_allclose(found["r2"], quality["r2"], atol=0.005)
 
 
@@ -329,23 +329,23 @@ def process(dataset, monkeypatch):
                 gradients.append(parameter.grad.clone())
             super().step()
 
-    labels = draw_labels(dataset, 0.05)
-    model = script.RewardModel(dataset, labels, None, settings("gp"))
+    labeled = draw_labels(dataset, 0.05)
+    model = script.RewardModel(dataset, labeled, None, settings("gp"))
     starts = [seed_parameters(model, k) for k in SEEDS]
     monkeypatch.setattr(torch.optim, "Adam", Watched)
-    script.fit_reward_model(model, dataset, labels, None, settings("gp"))
+    script.fit_reward_model(model, dataset, labeled, None, settings("gp"))
     first = dict(zip(starts[0], gradients))
-    return model, labels, starts, first
+    return model, labeled, starts, first
 
 
 def test_the_process_is_the_posterior_of_its_kernel(dataset, process):
-    model, labels, _, _ = process
+    model, labeled, _, _ = process
     predicted = predict(model, dataset)
     inputs = np.float64(standard_inputs(dataset))
     observations = torch.from_numpy(dataset.observations).expand(2, -1, -1)
     actions = torch.from_numpy(dataset.actions).expand(2, -1, -1)
     std = script.posterior_std(model, observations, actions).numpy()
-    for k, rows in enumerate(labels):
+    for k, rows in enumerate(labeled):
         parameters = seed_parameters(model, k)
         x = inputs[rows]
         rewards = np.float64(dataset.rewards[rows])
@@ -364,9 +364,9 @@ def test_the_process_is_the_posterior_of_its_kernel(dataset, process):
 
 
 def test_the_process_descends_the_negative_log_posterior_of_its_parameters(dataset, process):
-    model, labels, starts, first_gradient = process
+    model, labeled, starts, first_gradient = process
     inputs = np.float64(standard_inputs(dataset))
-    for k, rows in enumerate(labels):
+    for k, rows in enumerate(labeled):
         y = standardise(dataset.rewards[rows])
 
         def loss(parameters, k=k, rows=rows, y=y):
@@ -399,44 +399,44 @@ def test_the_process_always_finds_its_cholesky_factor(dataset):
     for num_labels in (5, 7, 10, 20, 50):
         for rewards in (dataset.rewards, binary):
             drawn = dataset._replace(rewards=rewards)
-            labels = [rng.choice(300, num_labels, replace=False) for _ in range(100)]
-            labels = np.array(labels)
-            labels[:, 0], labels[:, 1] = smallest, largest  # all equal, they would be refused
-            predicted = fit(drawn, labels, settings("gp"), range(100))
-            imputed = script.impute_rewards(predicted, drawn, labels)
+            labeled = [rng.choice(300, num_labels, replace=False) for _ in range(100)]
+            labeled = np.array(labeled)
+            labeled[:, 0], labeled[:, 1] = smallest, largest  # all equal, they would be refused
+            predicted = fit(drawn, labeled, settings("gp"), range(100))
+            imputed = script.impute_rewards(predicted, drawn, labeled)
             assert np.isfinite(imputed).all()
 
 
 def test_of_more_than_2000_labels_the_process_uses_2000_from_all_over_the_log(few_steps):
     write_rows(make_rows(3000))
     dataset = script.load_dataset(None, Path("own.hdf5"))
-    labels = draw_labels(dataset, 0.9, range(1))
-    assert labels.shape[1] > 2500
-    model = fit(dataset, labels, settings("gp"), range(1)).model
+    labeled = draw_labels(dataset, 0.9, range(1))
+    assert labeled.shape[1] > 2500
+    model = fit(dataset, labeled, settings("gp"), range(1)).model
     assert model.x.shape == (1, 2000, OBS_DIM + ACT_DIM)
     assert model.weights.shape == (1, 2000, 1)
-    inputs = torch.tensor(standard_inputs(dataset)[labels])
+    inputs = torch.tensor(standard_inputs(dataset)[labeled])
     distance = torch.cdist(model.x, inputs.double())
     used = distance.argmin(dim=2).squeeze(0)
     assert distance.amin(dim=2).max() < 1e-4
     assert used[0] == 0
-    assert used[-1] == labels.shape[1] - 1
+    assert used[-1] == labeled.shape[1] - 1
     assert set(used.diff().tolist()) == {1, 2}
 
 
 def test_two_thousand_labels_or_fewer_are_all_used(dataset, process):
-    model, labels, _, _ = process
+    model, labeled, _, _ = process
     inputs = standard_inputs(dataset)
-    for k, rows in enumerate(labels):
+    for k, rows in enumerate(labeled):
         assert_allclose(model.model.x[k].numpy(), inputs[rows], atol=1e-5)
 
 
 def test_few_labels_are_where_the_process_is_better(dataset):
-    labels = draw_labels(dataset, 0.1)
+    labeled = draw_labels(dataset, 0.1)
     r2 = {}
     for model in ("mlp", "gp"):
         args = script.Args(reward_model=model)
-        quality = judge(impute(dataset, labels, args), dataset, labels)
+        quality = judge(impute(dataset, labeled, args), dataset, labeled)
         r2[model] = np.mean(quality["r2"])
     assert r2["gp"] > 0.9 > r2["mlp"]
 
@@ -451,12 +451,12 @@ def make_dataset(rewards, episode_ids):
 
 
 def test_quality_is_measured_on_hidden_rewards_alone(dataset):
-    labels = draw_labels(dataset, 0.3)
+    labeled = draw_labels(dataset, 0.3)
     rng = np.random.default_rng(0)
     imputed = np.float32(rng.normal(size=(2, len(dataset.rewards))))
-    quality = judge(imputed, dataset, labels)
+    quality = judge(imputed, dataset, labeled)
     for k in range(2):
-        hidden = hidden_rows(dataset, labels[k])
+        hidden = hidden_rows(dataset, labeled[k])
         true = dataset.rewards[hidden]
         error = np.abs(imputed[k, hidden] - true)
         square = np.mean(error**2)
@@ -473,8 +473,8 @@ def test_quality_is_measured_on_hidden_rewards_alone(dataset):
 
 def test_there_is_no_quality_where_nothing_is_hidden():
     dataset = make_dataset([1, 2, np.nan], [0, 0, 1])
-    labels = np.array([[0, 1]])
-    assert judge(np.zeros((1, 3)), dataset, labels) is None
+    labeled = np.array([[0, 1]])
+    assert judge(np.zeros((1, 3)), dataset, labeled) is None
 
 
 def test_quality_of_a_partly_labelled_log_is_that_of_the_known_rewards():
@@ -499,9 +499,9 @@ def test_quality_of_a_partly_labelled_log_is_that_of_the_known_rewards():
 )
 def test_what_cannot_be_measured_is_not_a_number(rewards, episode_ids, unknown):
     dataset = make_dataset(rewards, episode_ids)
-    labels = np.array([[0, 1]])
+    labeled = np.array([[0, 1]])
     imputed = np.float32([[1, 2, 3, 4]])
-    quality = judge(imputed, dataset, labels)
+    quality = judge(imputed, dataset, labeled)
     for name, values in quality.items():
         assert np.isfinite(values).all() == (name != unknown), name
 
@@ -536,8 +536,8 @@ def test_the_report_compares_the_models_on_the_same_labels(
 ):
     run(f"{SOME} --num-seeds 2 --run-dir run")
     result = read_json("run/result.json")
-    labels = draw_labels(dataset, 0.1)
-    assert result["num_labels"] == labels.shape[1]
+    labeled = draw_labels(dataset, 0.1)
+    assert result["num_labels"] == labeled.shape[1]
     assert result["judged_on"] == "the hidden rewards"
     assert result["reward_model"] == "mlp"
     assert list(result["quality"]) == ["mlp", "gp", "linear"]
@@ -547,12 +547,12 @@ def test_the_report_compares_the_models_on_the_same_labels(
         assert all(len(values) == 2 for values in quality.values())
 
     args = script.Args(reward_epochs=3, reward_batch_size=8, reward_model="gp")
-    model = fit(dataset, labels, args)
-    expected = judge(script.impute_rewards(model, dataset, labels), dataset, labels)
+    model = fit(dataset, labeled, args)
+    expected = judge(script.impute_rewards(model, dataset, labeled), dataset, labeled)
     found = result["quality"]["gp"]
     assert found["r2"] == pytest.approx(expected["r2"], abs=1e-4)
-    fitted = np.take_along_axis(predict(model, dataset), labels, axis=1)
-    square = (fitted - dataset.rewards[labels]) ** 2
+    fitted = np.take_along_axis(predict(model, dataset), labeled, axis=1)
+    square = (fitted - dataset.rewards[labeled]) ** 2
     assert found["train_mse"] == pytest.approx(square.mean(axis=1), rel=1e-3)
 
     output = capsys.readouterr().out
@@ -566,11 +566,11 @@ def test_the_report_compares_the_models_on_the_same_labels(
 
 
 def test_linear_regression_is_least_squares_on_the_labels(dataset):
-    labels = draw_labels(dataset, 0.1)
-    predicted = script.linear_regression(dataset, labels)
+    labeled = draw_labels(dataset, 0.1)
+    predicted = script.linear_regression(dataset, labeled)
     ones = np.ones((len(dataset.rewards), 1))
     inputs = np.hstack([dataset.observations, dataset.actions, ones]).astype(np.float64)
-    for k, rows in enumerate(labels):
+    for k, rows in enumerate(labeled):
         x, y = inputs[rows], dataset.rewards[rows]
         weights = np.linalg.solve(x.T @ x, x.T @ y)
         assert_allclose(predicted[k], inputs @ weights, atol=1e-4)
@@ -578,14 +578,14 @@ def test_linear_regression_is_least_squares_on_the_labels(dataset):
 
 def test_with_the_process_calibration_is_printed(dataset, capsys):
     run(f"{SOME} --reward-model gp --run-dir run")
-    labels = draw_labels(dataset, 0.1, range(1))
-    model = fit(dataset, labels, settings("gp"), range(1))
+    labeled = draw_labels(dataset, 0.1, range(1))
+    model = fit(dataset, labeled, settings("gp"), range(1))
     observations = torch.from_numpy(dataset.observations)
     actions = torch.from_numpy(dataset.actions)
     std = script.posterior_std(model, observations[None], actions[None])
     std = std.squeeze(0).numpy()
-    predicted = script.impute_rewards(model, dataset, labels[:, :0])[0]
-    hidden = hidden_rows(dataset, labels)
+    predicted = script.impute_rewards(model, dataset, labeled[:, :0])[0]
+    hidden = hidden_rows(dataset, labeled)
     assert len(hidden) < 1000, "all of them are counted"
     error = np.abs(dataset.rewards - predicted)[hidden]
     inside = np.mean(error <= 2 * std[hidden])
@@ -604,11 +604,11 @@ def test_a_sweep_tells_r2_by_the_number_of_labels(dataset, few_steps, capsys):
     found = [(row["labels"], row["model"]) for row in table]
     counts = (4, 10, 30, 100, 300)  # 4 are 1%
     assert found == [(count, model) for count in counts for model in ("mlp", "gp", "linear")]
-    labels = script.split_labels(dataset.rewards, 100 / len(dataset.rewards), SEEDS)
-    assert labels.shape[1] == 100
-    expected = script.linear_regression(dataset, labels)
-    np.put_along_axis(expected, labels, dataset.rewards[labels], axis=1)
-    r2 = judge(expected, dataset, labels)["r2"]
+    labeled = script.split_labels(dataset.rewards, 100 / len(dataset.rewards), SEEDS)
+    assert labeled.shape[1] == 100
+    expected = script.linear_regression(dataset, labeled)
+    np.put_along_axis(expected, labeled, dataset.rewards[labeled], axis=1)
+    r2 = judge(expected, dataset, labeled)["r2"]
     row = table[found.index((100, "linear"))]
     assert row["r2_mean"] == pytest.approx(np.mean(r2), abs=1e-5)
     assert row["r2_worst"] == pytest.approx(np.min(r2), abs=1e-5)
@@ -622,11 +622,11 @@ def test_where_everything_is_labelled_a_fifth_of_the_labels_judges(rows, few_ste
     run(f"{OWN} --run-dir run --num-seeds 2 --output-path full.hdf5")
     assert "judged on     20% of the labels, held out" in capsys.readouterr().out
     dataset = script.load_dataset(None, Path("own.hdf5"))
-    labels = draw_labels(dataset, None)
-    fitted_to = script.hold_out(labels, SEEDS)
-    assert fitted_to.shape == (2, int(0.8 * labels.shape[1]))
+    labeled = draw_labels(dataset, None)
+    fitted_to = script.hold_out(labeled, SEEDS)
+    assert fitted_to.shape == (2, int(0.8 * labeled.shape[1]))
     assert set(fitted_to[0]) != set(fitted_to[1])
-    for some, all_labels in zip(fitted_to, labels):
+    for some, all_labels in zip(fitted_to, labeled):
         assert set(some) < set(all_labels)
     judged = judge(impute(dataset, fitted_to, settings("gp")), dataset, fitted_to)
     quality = read_json("run/result.json")["quality"]["gp"]
@@ -663,11 +663,11 @@ def agent_sees(agent, dataset, model, num_seeds):
     """The rewards that the first seed's agent would impute, with the settings of `run`."""
     args = agent.Args(reward_model=model, reward_epochs=3, reward_batch_size=8)
     seeds = range(num_seeds)
-    labels = agent.split_labels(dataset.rewards, 0.1, seeds)
+    labeled = agent.split_labels(dataset.rewards, 0.1, seeds)
     generators = agent.make_generators(seeds, stream=1)
-    reward_model = agent.RewardModel(dataset, labels, generators, args)
-    agent.fit_reward_model(reward_model, dataset, labels, generators, args)
-    return agent.impute_rewards(reward_model, dataset, labels)[0], labels[0]
+    reward_model = agent.RewardModel(dataset, labeled, generators, args)
+    agent.fit_reward_model(reward_model, dataset, labeled, generators, args)
+    return agent.impute_rewards(reward_model, dataset, labeled)[0], labeled[0]
 
 
 @MODELS
@@ -680,7 +680,7 @@ def test_a_round_trip_is_what_the_agents_impute_bit_for_bit(
     outputs = "--output-path full.hdf5 --output-minari-id my/full-v0"
     run(f"{SOME} --reward-model {model} --num-seeds 2 {outputs}")
     source = agent.load_dataset(None, Path("own.hdf5"))
-    expected, labels = agent_sees(agent, source, model, 2)
+    expected, labeled = agent_sees(agent, source, model, 2)
     from_hdf5 = agent.load_dataset(None, Path("full.hdf5"))
     from_minari = agent.load_dataset("my/full-v0")
     for dataset in (from_hdf5, from_minari):
@@ -696,13 +696,13 @@ def test_a_round_trip_is_what_the_agents_impute_bit_for_bit(
         assert np.array_equal(file["infos"], np.arange(NUM_ROWS)), "a column of another program"
         assert file["labeled"].dtype == bool
         labelled = file["labeled"][()]
-        assert labelled.sum() == len(labels)
+        assert labelled.sum() == len(labeled)
         assert_array_equal(file["rewards"][labelled], rows["rewards"][labelled])
         assert json.loads(file.attrs["imputation_settings"])["reward_model"] == model
         assert model in json.loads(file.attrs["imputation_quality"])
     episodes = list(minari.load_dataset("my/full-v0").iterate_episodes())
     marks = np.concatenate([episode.infos["labeled"] for episode in episodes])
-    assert_array_equal(np.flatnonzero(marks), labels)
+    assert_array_equal(np.flatnonzero(marks), labeled)
 
 
 def test_rows_that_are_no_transition_are_completed_too(rows, few_steps):
@@ -743,8 +743,8 @@ def test_a_d4rl_file_keeps_its_rows_and_its_rule(rows, few_steps, monkeypatch):
         assert len(file["rewards"]) == NUM_ROWS
         assert np.isfinite(file["rewards"]).all()
         found = file["rewards"][file["labeled"][()]][:, 0]
-    labels = draw_labels(source, 0.1, range(1))
-    assert_array_equal(found, source.rewards[labels[0]])
+    labeled = draw_labels(source, 0.1, range(1))
+    assert_array_equal(found, source.rewards[labeled[0]])
 
 
 def test_a_thinned_log_becomes_episodes_that_end_where_it_has_a_gap(
@@ -797,8 +797,8 @@ def test_a_minari_source_becomes_a_minari_dataset_of_the_same_environment(reques
     assert made.env.env_spec == source.env.env_spec
     for name in (*TRANSITION, "next_observations"):
         assert_array_equal(getattr(made, name), getattr(source, name), name)
-    labels = draw_labels(source, 0.5, range(1))[0]
-    assert_array_equal(made.rewards[labels], source.rewards[labels])
+    labeled = draw_labels(source, 0.5, range(1))[0]
+    assert_array_equal(made.rewards[labeled], source.rewards[labeled])
     episodes = minari.load_dataset("my/full-v0").iterate_episodes()
     for episode, expected in zip(episodes, observations, strict=True):
         assert_array_equal(episode.observations, expected)

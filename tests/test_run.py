@@ -292,9 +292,9 @@ def test_what_a_run_leaves_is_json_whatever_the_numbers_are(script, problem, own
         env_id = "Nan-v0"
     else:
         env_id = "own_envs:Wide-v0"
-        labels = script.split_labels(own_rewards, 0.2, range(1))
+        labeled = script.split_labels(own_rewards, 0.2, range(1))
         rewards = np.zeros(300)
-        rewards[labels[0]] = own_rewards[labels[0]]
+        rewards[labeled[0]] = own_rewards[labeled[0]]
         write_own(rewards=rewards)
     train(script, f"{OWN} --env-id {env_id} --num-updates 2 --run-dir run")
     result = read_json("run/result.json")

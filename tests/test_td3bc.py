@@ -196,7 +196,7 @@ def log():
 
 
 @pytest.fixture
-def labels(log):
+def labeled(log):
     """Six rows of each of two seeds."""
     return script.split_labels(log, 0.2, range(2))
 
@@ -222,9 +222,9 @@ def see(script, monkeypatch, *options):
 
 @BOTH
 @pytest.mark.parametrize("kind", ["oracle", "zero", "mean", "imputed"])
-def test_hidden_rewards_are_replaced_by_the_chosen_kind(script, kind, log, labels, monkeypatch):
+def test_hidden_rewards_are_replaced_by_the_chosen_kind(script, kind, log, labeled, monkeypatch):
     data, _ = see(script, monkeypatch, "--rewards", kind, "--no-scale-rewards")
-    for rewards, rows in zip(data.rewards.numpy(), labels):
+    for rewards, rows in zip(data.rewards.numpy(), labeled):
         np.testing.assert_array_equal(rewards[rows], log[rows])
         hidden = np.delete(rewards, rows)
         true = np.delete(log, rows)
@@ -240,12 +240,12 @@ def test_hidden_rewards_are_replaced_by_the_chosen_kind(script, kind, log, label
 
 
 @BOTH
-def test_with_labeled_only_labelled_transitions_are_seen(script, labels, log, monkeypatch):
+def test_with_labeled_only_labelled_transitions_are_seen(script, labeled, log, monkeypatch):
     every, _ = see(script, monkeypatch, "--rewards", "oracle", "--no-scale-rewards")
     seen, _ = see(script, monkeypatch, "--rewards", "labeled", "--no-scale-rewards")
     for few, all_rows in zip(seen, every):
         for seed in range(2):
-            rows = torch.from_numpy(labels[seed])
+            rows = torch.from_numpy(labeled[seed])
             assert torch.equal(few[seed], all_rows[seed, rows])
 
 
@@ -267,10 +267,10 @@ def test_rewards_are_scaled_by_the_returns(script, log, monkeypatch):
 
 
 @BOTH
-def test_rewards_of_labels_alone_are_scaled_by_estimated_returns(script, log, labels, monkeypatch):
+def test_rewards_of_labels_alone_are_scaled_by_estimated_returns(script, log, labeled, monkeypatch):
     plain, _ = see(script, monkeypatch, "--rewards", "labeled", "--no-scale-rewards")
     scaled, _ = see(script, monkeypatch, "--rewards", "labeled", "--scale-rewards")
-    for seed, rows in enumerate(labels):
+    for seed, rows in enumerate(labeled):
         returns = []
         for start, end in STARTS_AND_ENDS:
             own = log[rows[(start <= rows) & (rows < end)]]
