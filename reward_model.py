@@ -187,9 +187,9 @@ def split_labels(rewards: np.ndarray, fraction: float | None, seeds: range) -> n
 class GaussianProcess(nn.Module):
     """Bayesian linear regression plus a smooth function, for few labels; once per seed.
 
-    f(x) = b + sum_j w_j x_j + g(x) for x = (s, a), all three random before any label is seen:
-    b ~ N(0, 1), w_j ~ N(0, linear r_j), and a function g whose values at x and x' are alike if
-    these are close, compared with lengths l_j. So f(x) and f(x') have the covariance
+    f(x) = b + sum_j w_j x_j + g(x) for x = (s, a), all three random before any label is seen: a
+    constant b ~ N(0, 1), weights w_j ~ N(0, linear r_j), and a smooth g (RBF kernel, a length
+    l_j for each input). So f(x) and f(x') have the covariance
         k(x, x') = 1 + linear sum_j r_j x_j x'_j + smooth exp(-sum_j (x_j - x'_j)^2 / (2 l_j^2)).
     After labels y = f(X) + N(0, noise), the mean of f is
         f(x) = k(x, X) @ weights  with  weights = (k(X, X) + noise I)^-1 y.    (2.25)
@@ -199,7 +199,7 @@ class GaussianProcess(nn.Module):
     def __init__(self, mean, std, num_seeds: int, num_labels: int):
         super().__init__()
         in_dim = len(mean)
-        num_labels = min(num_labels, 2000)  # time grows with the cube: of more, 2,000 are used
+        num_labels = min(num_labels, 2000)  # time grows with the cube: of more, 2,000 are taken
         self.register_buffer("mean", mean)  # (in_dim,), as in MLP
         self.register_buffer("std", std)
         # Filled by fit(); here already so that a checkpoint can be loaded.
@@ -236,10 +236,11 @@ class GaussianProcess(nn.Module):
     def fit(self, observations, actions, rewards) -> None:
         """Find the parameters under which the labels are most plausible, then the weights."""
         x, y = self.inputs(observations, actions), rewards.double().unsqueeze(-1)
-        # Labels are in the order of the log: of too many, take some evenly spaced ones.
+        # Labels are in the order of the log: of too many, take some evenly spaced ones. The weights
+        # are those of at most 2,000 labels, the parameters are found with at most 500 of these.
         taken = torch.linspace(0, x.shape[1] - 1, self.x.shape[1]).long()
         x, y = x[:, taken], y[:, taken]
-        few = torch.linspace(0, x.shape[1] - 1, min(x.shape[1], 500)).long()  # enough for the loss
+        few = torch.linspace(0, x.shape[1] - 1, min(x.shape[1], 500)).long()
         starts = [parameter.detach().clone() for parameter in self.parameters()]
         optimizer = torch.optim.Adam(self.parameters(), lr=0.1)
         for _ in range(100):
@@ -263,21 +264,22 @@ class GaussianProcess(nn.Module):
 
 
 class RewardModel(nn.Module):
-    """f(s, a) of each seed, in the rewards' own unit; the model within sees standard units."""
+    """f(s, a) of each seed in the rewards' own unit; the model within knows standardised ones."""
 
     def __init__(self, dataset: Dataset, labeled: np.ndarray, generators, args):
         super().__init__()
         check_labels(dataset, labeled)
-        mean, std = mean_and_std(torch.from_numpy(dataset.rewards[labeled].T))  # a column a seed
-        self.register_buffer("reward_mean", mean.unsqueeze(1))  # (seeds, 1), float64
-        self.register_buffer("reward_std", std.unsqueeze(1))
+        labels = torch.from_numpy(dataset.rewards[labeled])  # (seeds, labels)
+        reward_mean, reward_std = mean_and_std(labels.T)  # (seeds,)
+        self.register_buffer("reward_mean", reward_mean.unsqueeze(1))
+        self.register_buffer("reward_std", reward_std.unsqueeze(1))
         # Observations and actions are known without labels, so all of them normalise. The std of
         # a feature that is nearly always the same is tiny: take at least 1/1000 of its range.
         observations, actions = map(torch.from_numpy, (dataset.observations, dataset.actions))
         self.widths = [observations.shape[1], actions.shape[1]]
         mean, std = mean_and_std(observations)
         std = torch.maximum(std, (observations.amax(dim=0) - observations.amin(dim=0)) / 1000)
-        low, high = actions.amin(dim=0), actions.amax(dim=0)  # brought to [-1, 1], as the agent's
+        low, high = actions.amin(dim=0), actions.amax(dim=0)  # actions are brought to [-1, 1]
         mean = torch.cat([mean, (low + high) / 2])
         std = torch.cat([std, (high - low) / 2])
         std[std == 0] = 1  # an input that never changes
@@ -299,7 +301,7 @@ def check_labels(dataset: Dataset, labeled: np.ndarray) -> None:
     require(differ, f"a seed's {labeled.shape[1]} labelled rewards are all equal: label more")
 
 
-# Each loss comes with its backward() in one function: what --compile compiles.
+# A loss and its backward() stand in one function, so that --compile compiles both together.
 def reward_backward(model: MLP, observations, actions, rewards) -> None:
     """Eq. 4 of each seed, and its gradients."""
     loss = (model(observations, actions).squeeze(-1) - rewards).square().mean(dim=1)  # (seeds,)
@@ -319,13 +321,13 @@ def fit_reward_model(reward_model, dataset: Dataset, labeled, generators, args) 
     if isinstance(model, GaussianProcess):
         return model.fit(observations, actions, rewards)
 
-    settings = {"lr": args.reward_learning_rate, "fused": True, "capturable": True}  # for `repeat`
+    settings = {"lr": args.reward_learning_rate, "fused": True, "capturable": True}  # CUDA graphs
     optimizer = torch.optim.Adam(model.parameters(), **settings)
     num_seeds, num_labels = labeled.shape
     batch_size = min(args.reward_batch_size, num_labels)
     whole_batches = math.ceil(num_labels / batch_size) * batch_size
-    # Each next(steps) runs step() once. On a GPU it replays a recording, which reads the same
-    # memory each time: `rows` is filled anew.
+    # Each next(steps) runs step() once. On a GPU it replays a recording (`repeat`, below), which
+    # reads the same memory each time: `rows` is filled anew.
     rows = torch.zeros(num_seeds, batch_size, dtype=torch.long, device=device)
 
     def step() -> None:
@@ -334,7 +336,7 @@ def fit_reward_model(reward_model, dataset: Dataset, labeled, generators, args) 
         reward_backward(model, *batch)
         optimizer.step()
 
-    steps = repeat(step, [], recorded=args.cuda_graph and device.type == "cuda")
+    steps = repeat(step, generators=[], recorded=args.cuda_graph and device.type == "cuda")
     for _ in tqdm(range(args.reward_epochs), "reward model", leave=False, disable=None):
         order = torch.stack([torch.randperm(num_labels, generator=g) for g in generators])
         # All batches are of one size: the last one is filled up with labels of the first.
@@ -362,13 +364,12 @@ def impute_rewards(reward_model: RewardModel, dataset: Dataset, labeled: np.ndar
 def imputation_quality(imputed: np.ndarray, dataset: Dataset, labeled: np.ndarray) -> dict | None:
     """How well each seed's imputed rewards match the hidden ones, which no agent sees.
 
-    None if nothing is hidden; NaN where the true rewards or returns are all equal. Returns are
-    compared where an episode's rewards are all known."""
+    None if nothing is hidden; NaN where the true rewards or returns are all equal."""
     known = ~np.isnan(dataset.rewards)
     if np.count_nonzero(known) == labeled.shape[1]:
         return None
     true_returns = np.bincount(dataset.episode_ids, dataset.rewards)
-    whole = ~np.isnan(true_returns)
+    whole = ~np.isnan(true_returns)  # NaN: an episode with unknown rewards
     quality = {"r2": [], "mse": [], "mae": [], "return_correlation": []}
     for rewards, rows in zip(imputed, labeled):
         hidden = known.copy()
@@ -713,7 +714,7 @@ def read_hdf5(path: Path, follow_d4rl: bool) -> dict[str, np.ndarray]:
 
 def find_transitions(arrays: dict, terminals, timeouts, follow_d4rl: bool) -> np.ndarray:
     """The rows that are whole transitions, (rows,), bool."""
-    has_next = ~timeouts  # the next row goes on, or nothing does, at a terminal
+    has_next = ~timeouts  # after a timeout comes another episode; after a terminal nothing counts
     has_next[-1:] = False
     if follow_d4rl:  # drops the last row and all timeouts, and so does every published score
         return has_next
@@ -753,6 +754,7 @@ def check_layout(path: Path, columns: dict[str, h5py.Dataset]) -> None:
         else:
             fits = column.shape[1:] in ((), (1,)) and column.ndim > 0
         require(fits, f"{path} has wrong shapes: {key} is {column.shape}")
+        # A damaged file of a few bytes may claim rows for terabytes of memory.
         declared = math.prod(column.shape) * column.dtype.itemsize
         held = 0 if column.external else column.id.get_storage_size()
         if column.chunks:  # perhaps compressed: count what is there, not its bytes
@@ -778,7 +780,7 @@ def find_ends(path: Path, arrays: dict[str, np.ndarray]) -> tuple[np.ndarray, np
     if "next_observations" in arrays:  # a cut is where the next row begins with something else
         following = np.roll(arrays["observations"], -1, axis=0)  # the last row's is the first
         is_cut = (arrays["next_observations"] != following).any(axis=1)
-        if is_cut.mean() > 0.5:  # a thinned-out log, where rows never go on
+        if is_cut.mean() > 0.5:  # a thinned-out log: no row goes on, so only terminals are ends
             is_cut[:] = False
         return terminals, is_cut
     require(
@@ -1018,7 +1020,7 @@ def choose_device(name: str) -> torch.device:
     if name == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
     torch.cuda.set_stream(torch.cuda.Stream())  # nothing can be recorded on the default stream
-    warnings.filterwarnings("ignore", ".*capturable=True.*")  # not recorded at first, on purpose
+    warnings.filterwarnings("ignore", ".*capturable=True.*")  # the first updates are not recorded
     return torch.device("cuda")
 
 

@@ -211,9 +211,9 @@ def split_labels(rewards: np.ndarray, fraction: float | None, seeds: range) -> n
 class GaussianProcess(nn.Module):
     """Bayesian linear regression plus a smooth function, for few labels; once per seed.
 
-    f(x) = b + sum_j w_j x_j + g(x) for x = (s, a), all three random before any label is seen:
-    b ~ N(0, 1), w_j ~ N(0, linear r_j), and a function g whose values at x and x' are alike if
-    these are close, compared with lengths l_j. So f(x) and f(x') have the covariance
+    f(x) = b + sum_j w_j x_j + g(x) for x = (s, a), all three random before any label is seen: a
+    constant b ~ N(0, 1), weights w_j ~ N(0, linear r_j), and a smooth g (RBF kernel, a length
+    l_j for each input). So f(x) and f(x') have the covariance
         k(x, x') = 1 + linear sum_j r_j x_j x'_j + smooth exp(-sum_j (x_j - x'_j)^2 / (2 l_j^2)).
     After labels y = f(X) + N(0, noise), the mean of f is
         f(x) = k(x, X) @ weights  with  weights = (k(X, X) + noise I)^-1 y.    (2.25)
@@ -223,7 +223,7 @@ class GaussianProcess(nn.Module):
     def __init__(self, mean, std, num_seeds: int, num_labels: int):
         super().__init__()
         in_dim = len(mean)
-        num_labels = min(num_labels, 2000)  # time grows with the cube: of more, 2,000 are used
+        num_labels = min(num_labels, 2000)  # time grows with the cube: of more, 2,000 are taken
         self.register_buffer("mean", mean)  # (in_dim,), as in MLP
         self.register_buffer("std", std)
         # Filled by fit(); here already so that a checkpoint can be loaded.
@@ -260,10 +260,11 @@ class GaussianProcess(nn.Module):
     def fit(self, observations, actions, rewards) -> None:
         """Find the parameters under which the labels are most plausible, then the weights."""
         x, y = self.inputs(observations, actions), rewards.double().unsqueeze(-1)
-        # Labels are in the order of the log: of too many, take some evenly spaced ones.
+        # Labels are in the order of the log: of too many, take some evenly spaced ones. The weights
+        # are those of at most 2,000 labels, the parameters are found with at most 500 of these.
         taken = torch.linspace(0, x.shape[1] - 1, self.x.shape[1]).long()
         x, y = x[:, taken], y[:, taken]
-        few = torch.linspace(0, x.shape[1] - 1, min(x.shape[1], 500)).long()  # enough for the loss
+        few = torch.linspace(0, x.shape[1] - 1, min(x.shape[1], 500)).long()
         starts = [parameter.detach().clone() for parameter in self.parameters()]
         optimizer = torch.optim.Adam(self.parameters(), lr=0.1)
         for _ in range(100):
@@ -287,21 +288,22 @@ class GaussianProcess(nn.Module):
 
 
 class RewardModel(nn.Module):
-    """f(s, a) of each seed, in the rewards' own unit; the model within sees standard units."""
+    """f(s, a) of each seed in the rewards' own unit; the model within knows standardised ones."""
 
     def __init__(self, dataset: Dataset, labeled: np.ndarray, generators, args):
         super().__init__()
         check_labels(dataset, labeled)
-        mean, std = mean_and_std(torch.from_numpy(dataset.rewards[labeled].T))  # a column a seed
-        self.register_buffer("reward_mean", mean.unsqueeze(1))  # (seeds, 1), float64
-        self.register_buffer("reward_std", std.unsqueeze(1))
+        labels = torch.from_numpy(dataset.rewards[labeled])  # (seeds, labels)
+        reward_mean, reward_std = mean_and_std(labels.T)  # (seeds,)
+        self.register_buffer("reward_mean", reward_mean.unsqueeze(1))
+        self.register_buffer("reward_std", reward_std.unsqueeze(1))
         # Observations and actions are known without labels, so all of them normalise. The std of
         # a feature that is nearly always the same is tiny: take at least 1/1000 of its range.
         observations, actions = map(torch.from_numpy, (dataset.observations, dataset.actions))
         self.widths = [observations.shape[1], actions.shape[1]]
         mean, std = mean_and_std(observations)
         std = torch.maximum(std, (observations.amax(dim=0) - observations.amin(dim=0)) / 1000)
-        low, high = actions.amin(dim=0), actions.amax(dim=0)  # brought to [-1, 1], as the agent's
+        low, high = actions.amin(dim=0), actions.amax(dim=0)  # actions are brought to [-1, 1]
         mean = torch.cat([mean, (low + high) / 2])
         std = torch.cat([std, (high - low) / 2])
         std[std == 0] = 1  # an input that never changes
@@ -323,7 +325,7 @@ def check_labels(dataset: Dataset, labeled: np.ndarray) -> None:
     require(differ, f"a seed's {labeled.shape[1]} labelled rewards are all equal: label more")
 
 
-# Each loss comes with its backward() in one function: what --compile compiles.
+# A loss and its backward() stand in one function, so that --compile compiles both together.
 def reward_backward(model: MLP, observations, actions, rewards) -> None:
     """Eq. 4 of each seed, and its gradients."""
     loss = (model(observations, actions).squeeze(-1) - rewards).square().mean(dim=1)  # (seeds,)
@@ -343,13 +345,13 @@ def fit_reward_model(reward_model, dataset: Dataset, labeled, generators, args) 
     if isinstance(model, GaussianProcess):
         return model.fit(observations, actions, rewards)
 
-    settings = {"lr": args.reward_learning_rate, "fused": True, "capturable": True}  # for `repeat`
+    settings = {"lr": args.reward_learning_rate, "fused": True, "capturable": True}  # CUDA graphs
     optimizer = torch.optim.Adam(model.parameters(), **settings)
     num_seeds, num_labels = labeled.shape
     batch_size = min(args.reward_batch_size, num_labels)
     whole_batches = math.ceil(num_labels / batch_size) * batch_size
-    # Each next(steps) runs step() once. On a GPU it replays a recording, which reads the same
-    # memory each time: `rows` is filled anew.
+    # Each next(steps) runs step() once. On a GPU it replays a recording (`repeat`, below), which
+    # reads the same memory each time: `rows` is filled anew.
     rows = torch.zeros(num_seeds, batch_size, dtype=torch.long, device=device)
 
     def step() -> None:
@@ -358,7 +360,7 @@ def fit_reward_model(reward_model, dataset: Dataset, labeled, generators, args) 
         reward_backward(model, *batch)
         optimizer.step()
 
-    steps = repeat(step, [], recorded=args.cuda_graph and device.type == "cuda")
+    steps = repeat(step, generators=[], recorded=args.cuda_graph and device.type == "cuda")
     for _ in tqdm(range(args.reward_epochs), "reward model", leave=False, disable=None):
         order = torch.stack([torch.randperm(num_labels, generator=g) for g in generators])
         # All batches are of one size: the last one is filled up with labels of the first.
@@ -386,13 +388,12 @@ def impute_rewards(reward_model: RewardModel, dataset: Dataset, labeled: np.ndar
 def imputation_quality(imputed: np.ndarray, dataset: Dataset, labeled: np.ndarray) -> dict | None:
     """How well each seed's imputed rewards match the hidden ones, which no agent sees.
 
-    None if nothing is hidden; NaN where the true rewards or returns are all equal. Returns are
-    compared where an episode's rewards are all known."""
+    None if nothing is hidden; NaN where the true rewards or returns are all equal."""
     known = ~np.isnan(dataset.rewards)
     if np.count_nonzero(known) == labeled.shape[1]:
         return None
     true_returns = np.bincount(dataset.episode_ids, dataset.rewards)
-    whole = ~np.isnan(true_returns)
+    whole = ~np.isnan(true_returns)  # NaN: an episode with unknown rewards
     quality = {"r2": [], "mse": [], "mae": [], "return_correlation": []}
     for rewards, rows in zip(imputed, labeled):
         hidden = known.copy()
@@ -693,7 +694,7 @@ def read_hdf5(path: Path, follow_d4rl: bool) -> dict[str, np.ndarray]:
 
 def find_transitions(arrays: dict, terminals, timeouts, follow_d4rl: bool) -> np.ndarray:
     """The rows that are whole transitions, (rows,), bool."""
-    has_next = ~timeouts  # the next row goes on, or nothing does, at a terminal
+    has_next = ~timeouts  # after a timeout comes another episode; after a terminal nothing counts
     has_next[-1:] = False
     if follow_d4rl:  # drops the last row and all timeouts, and so does every published score
         return has_next
@@ -733,6 +734,7 @@ def check_layout(path: Path, columns: dict[str, h5py.Dataset]) -> None:
         else:
             fits = column.shape[1:] in ((), (1,)) and column.ndim > 0
         require(fits, f"{path} has wrong shapes: {key} is {column.shape}")
+        # A damaged file of a few bytes may claim rows for terabytes of memory.
         declared = math.prod(column.shape) * column.dtype.itemsize
         held = 0 if column.external else column.id.get_storage_size()
         if column.chunks:  # perhaps compressed: count what is there, not its bytes
@@ -758,7 +760,7 @@ def find_ends(path: Path, arrays: dict[str, np.ndarray]) -> tuple[np.ndarray, np
     if "next_observations" in arrays:  # a cut is where the next row begins with something else
         following = np.roll(arrays["observations"], -1, axis=0)  # the last row's is the first
         is_cut = (arrays["next_observations"] != following).any(axis=1)
-        if is_cut.mean() > 0.5:  # a thinned-out log, where rows never go on
+        if is_cut.mean() > 0.5:  # a thinned-out log: no row goes on, so only terminals are ends
             is_cut[:] = False
         return terminals, is_cut
     require(
@@ -923,7 +925,7 @@ def make_policies(actor: MLP, task: Task) -> list[Policy]:
     """A copy of each seed's actor as it is now."""
     state = deepcopy(actor).cpu().state_dict()
     policies = []
-    for k in range(len(actor.mean)):
+    for k in range(len(actor.mean)):  # each tensor's first dimension is the seeds
         weights = {name: tensor[k].numpy() for name, tensor in state.items()}
         for name in weights:
             if not name.endswith("weight"):
@@ -933,7 +935,7 @@ def make_policies(actor: MLP, task: Task) -> list[Policy]:
 
 
 def run_episode(policy: Policy, env_spec, seed: int, stopped: list) -> float | None:
-    """Return of one deterministic episode; None if a signal stopped it."""
+    """Return of one deterministic episode; None if a signal stopped it (never in a worker)."""
     env = make_env(env_spec)
     observation, _ = env.reset(seed=seed)
     episode_return = 0.0
@@ -967,7 +969,7 @@ def init_worker() -> None:
     threading.Thread(target=follow_parent, daemon=True).start()
 
 
-def start_evaluation(workers: Executor, agent, task: Task, num_updates: int, args, stopped) -> list:
+def start_evaluation(workers: Executor, agent, task: Task, updates_done, args, stopped) -> list:
     """Evaluate each seed's actor as it is now: (update, seed, the futures of its episodes)."""
     if task.env_spec is None:
         return []
@@ -976,14 +978,14 @@ def start_evaluation(workers: Executor, agent, task: Task, num_updates: int, arg
         # The same start states for every seed, and at every evaluation.
         jobs = [(policy, task.env_spec, 100 + i, stopped) for i in range(args.eval_episodes)]
         futures = [workers.submit(run_episode, *job) for job in jobs]
-        pending.append((num_updates, args.seed + k, futures))
+        pending.append((updates_done, args.seed + k, futures))
     return pending
 
 
 def finish_evaluation(pending: list, scores: list, task: Task, run_dir, tracker) -> None:
     """Wait for the evaluation under way, if there is one; write, show and track its scores."""
     rows = []
-    for num_updates, seed, futures in pending:
+    for updates_done, seed, futures in pending:
         returns = [future.result() for future in futures]
         if None in returns:  # a signal stopped it: a resumed run evaluates anew
             return
@@ -991,7 +993,7 @@ def finish_evaluation(pending: list, scores: list, task: Task, run_dir, tracker)
         score = math.nan
         if metric_of(task) == "score":
             score = 100 * (mean_return - task.ref_min) / (task.ref_max - task.ref_min)
-        rows.append({"update": num_updates, "seed": seed, "return": mean_return, "score": score})
+        rows.append({"update": updates_done, "seed": seed, "return": mean_return, "score": score})
     if not pending:
         return
     pending.clear()
@@ -1010,14 +1012,14 @@ def metric_of(task: Task) -> str:
     return "score" if task.ref_max > task.ref_min else "return"  # without references, NaN
 
 
-def evaluations_left(args, task: Task, num_updates: int, scores: list) -> list[int]:
+def evaluations_left(args, task: Task, updates_done: int, scores: list) -> list[int]:
     """The updates at which the agent is still to be evaluated: every eval_freq, and at the end."""
     # A checkpoint is written before its evaluation, which a resumed run may still owe.
-    evaluated = scores[-1]["update"] if scores else 0
+    done = scores[-1]["update"] if scores else 0
     if task.env_spec is None:  # nothing to evaluate: these are the times of checkpoints
-        evaluated = num_updates
+        done = updates_done
     points = [*range(args.eval_freq, args.num_updates, args.eval_freq), args.num_updates]
-    return [point for point in points if point > evaluated]
+    return [point for point in points if point > done]
 
 
 # --- Run directory ---
@@ -1104,8 +1106,8 @@ def read_checkpoint(run_dir: Path, device: torch.device) -> dict | None:
         return None
     try:
         state = torch.load(path, map_location=device, weights_only=True)
-        state["config"], state["agent"], state["num_updates"]
-    except Exception as error:  # cut short, or another program's
+        state["config"], state["agent"], state["num_updates"]  # KeyError: another program's
+    except Exception as error:  # of whatever kind: the file is at fault
         message = f"{path} is not a readable checkpoint ({error}); delete it to start anew"
         raise UserError(message) from error
     return state
@@ -1141,17 +1143,17 @@ def start_tracking(run_dir: Path, config: dict, resumed: dict | None):
     return run
 
 
-def log_losses(tracker, num_updates: int, losses: dict, speed: float) -> None:
+def log_losses(tracker, updates_done: int, losses: dict, speed: float) -> None:
     means = {name: loss.mean().item() for name, loss in losses.items()}  # over the seeds
-    tracker.log({"update": num_updates, "charts/updates_per_second": speed, **means})
+    tracker.log({"update": updates_done, "charts/updates_per_second": speed, **means})
 
 
-def leave(number: int, num_updates: int, run_dir: Path, is_resumed: bool) -> None:
+def leave(number: int, updates_done: int, run_dir: Path, is_resumed: bool) -> None:
     """End a run that a signal stopped, with the command that goes on."""
     more = [] if "--run-dir" in sys.argv else ["--run-dir", str(run_dir)]
     more += [] if is_resumed else ["--resume"]
     command = shlex.join([sys.executable, *sys.argv, *more])
-    tqdm.write(f"stopped at {num_updates:,}; go on with: {command}")
+    tqdm.write(f"stopped at {updates_done:,}; go on with: {command}")
     sys.exit(128 + number)
 
 
@@ -1188,7 +1190,7 @@ def choose_device(name: str) -> torch.device:
     if name == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
     torch.cuda.set_stream(torch.cuda.Stream())  # nothing can be recorded on the default stream
-    warnings.filterwarnings("ignore", ".*capturable=True.*")  # not recorded at first, on purpose
+    warnings.filterwarnings("ignore", ".*capturable=True.*")  # the first updates are not recorded
     return torch.device("cuda")
 
 
@@ -1453,33 +1455,33 @@ def main(args: Args) -> None:
     agent = Agent(data, make_generators(seeds, stream=2), args)
     # Draws for all seeds together, so a seed's batches depend on --num-seeds.
     generator = torch.Generator(device).manual_seed(args.seed)
-    num_updates, scores = 0, []
+    updates_done, scores = 0, []
     if resumed:
-        num_updates, scores = restore(resumed, agent, generator)
+        updates_done, scores = restore(resumed, agent, generator)
 
     # 4. Training. A checkpoint stands before every evaluation; a signal stops between two updates.
     # With workers, an evaluation runs during the next updates, and is collected after them.
     is_recorded = args.cuda_graph and device.type == "cuda"
     steps = repeat(lambda: update(agent, data, generator, args), [generator], is_recorded)
-    progress = tqdm(total=args.num_updates, initial=num_updates, unit="update", disable=None)
-    pending, first_update, ready = [], num_updates, time.perf_counter()
+    progress = tqdm(total=args.num_updates, initial=updates_done, unit="update", disable=None)
+    pending, first_update, ready = [], updates_done, time.perf_counter()
 
     def updates_per_second() -> float:  # in this process, evaluations included
-        return (num_updates - first_update) / (time.perf_counter() - ready)
+        return (updates_done - first_update) / (time.perf_counter() - ready)
 
     with make_workers(args.eval_workers) as workers, signals_caught() as stopped:
-        for next_evaluation in evaluations_left(args, task, num_updates, scores):
-            while num_updates < next_evaluation and not stopped:
+        for next_evaluation in evaluations_left(args, task, updates_done, scores):
+            while updates_done < next_evaluation and not stopped:
                 losses = next(steps)
-                num_updates += args.policy_freq
+                updates_done += args.policy_freq
                 progress.update(args.policy_freq)
-                if tracker and num_updates % args.log_freq == 0:
-                    log_losses(tracker, num_updates, losses, updates_per_second())
+                if tracker and updates_done % args.log_freq == 0:
+                    log_losses(tracker, updates_done, losses, updates_per_second())
             # The evaluation before this one: its scores belong in the checkpoint.
             finish_evaluation(pending, scores, task, run_dir, tracker)
             checkpoint = {
                 "config": config,
-                "num_updates": num_updates,
+                "num_updates": updates_done,
                 "scores": scores,
                 "reward_model": reward_model.state_dict() if reward_model else None,
                 "agent": {name: part.state_dict() for name, part in vars(agent).items()},
@@ -1488,15 +1490,16 @@ def main(args: Args) -> None:
             }
             write_checkpoint(run_dir / "checkpoint.pt", checkpoint)
             if not stopped:
-                pending = start_evaluation(workers, agent, task, num_updates, args, stopped)
-            if args.eval_workers == 0:
+                pending = start_evaluation(workers, agent, task, updates_done, args, stopped)
+            if args.eval_workers == 0:  # nobody evaluates beside the training: wait
                 finish_evaluation(pending, scores, task, run_dir, tracker)
             if stopped:
                 break
+        # With workers, the last one.
         finish_evaluation(pending, scores, task, run_dir, tracker)
     progress.close()
-    if stopped and evaluations_left(args, task, num_updates, scores):
-        leave(stopped[0], num_updates, run_dir, args.resume)
+    if stopped and evaluations_left(args, task, updates_done, scores):
+        leave(stopped[0], updates_done, run_dir, args.resume)
 
     # 5. The result: the last evaluation, never the best.
     for seed, policy in zip(seeds, make_policies(agent.actor, task)):

@@ -94,7 +94,7 @@ def test_the_agents_share_everything_but_the_algorithm():
 
 def test_main_differs_only_where_it_calls_the_algorithm():
     td3bc, iql = (blocks_of(script)["main"][1] for script in AGENTS)
-    calls = r"__(td3bc|iql)_imputed__|set_actor_rate|num_updates \+=|progress\.update"
+    calls = r"__(td3bc|iql)_imputed__|set_actor_rate|updates_done \+=|progress\.update"
     for line in differing_lines(td3bc, iql):
         assert re.search(calls, line), line
 
