@@ -2,7 +2,7 @@
 
     python tests/benchmark_speed.py                  # eager and compiled; on a GPU also CUDA graphs
     python tests/benchmark_speed.py --scaling        # 1 to 50 seeds at once
-    python tests/benchmark_speed.py --peers ../CORL  # CORL's TD3+BC beside ours
+    python tests/benchmark_speed.py --peers ../CORL  # CORL's agents beside ours
 
 The plain version is tests/reference.py: one seed, an nn.Sequential for a network, eager. A bare
 time says nothing about another machine, so the table gives ratios; versions take turns, so that
@@ -110,32 +110,49 @@ def our_version(agent_name, num_seeds, device, precision="highest", compiled=Fal
     return Version(", ".join(words), num_seeds, step, updates_per_step, precision, compiled)
 
 
-def corl_version(folder: Path, device: str) -> Version:
-    """CORL's TD3+BC as its train() sets it up, without its logging."""
-    corl = import_corl(folder / "algorithms" / "offline" / "td3_bc.py")
-    data = random_transitions(td3bc_imputed, 1, device)
+def corl_version(agent_name: str, folder: Path, device: str) -> Version:
+    """CORL's agent as its train() sets it up, without its logging."""
+    name = "iql" if agent_name == "IQL" else "td3_bc"
+    corl = import_corl(folder / "algorithms" / "offline" / f"{name}.py")
+    data = random_transitions(SCRIPTS[agent_name], 1, device)
     dataset = {name: tensor[0].cpu().numpy() for name, tensor in data._asdict().items()}
     mean, std = corl.compute_mean_std(dataset["observations"], eps=1e-3)
     for name in ("observations", "next_observations"):
         dataset[name] = corl.normalize_states(dataset[name], mean, std)
     buffer = corl.ReplayBuffer(OBS_DIM, ACT_DIM, NUM_ROWS, device)
     buffer.load_d4rl_dataset(dataset)
-
-    networks = {
-        "actor": corl.Actor(OBS_DIM, ACT_DIM, max_action=1.0).to(device),
-        "critic_1": corl.Critic(OBS_DIM, ACT_DIM).to(device),
-        "critic_2": corl.Critic(OBS_DIM, ACT_DIM).to(device),
-    }
-    optimizers = {}
-    for name, network in networks.items():
-        optimizers[f"{name}_optimizer"] = torch.optim.Adam(network.parameters(), lr=3e-4)
-    trainer = corl.TD3_BC(1.0, **networks, **optimizers, device=device)
+    trainer = corl_iql(corl, device) if agent_name == "IQL" else corl_td3bc(corl, device)
 
     def step():
         batch = buffer.sample(BATCH_SIZE)
         trainer.train([tensor.to(device) for tensor in batch])
 
     return Version("CORL", 1, step, 1)
+
+
+def corl_td3bc(corl, device: str):
+    networks = {
+        "actor": corl.Actor(OBS_DIM, ACT_DIM, max_action=1.0).to(device),
+        "critic_1": corl.Critic(OBS_DIM, ACT_DIM).to(device),
+        "critic_2": corl.Critic(OBS_DIM, ACT_DIM).to(device),
+    }
+    return corl.TD3_BC(1.0, **networks, **make_optimizers(networks), device=device)
+
+
+def corl_iql(corl, device: str):
+    actor = corl.GaussianPolicy(OBS_DIM, ACT_DIM, max_action=1.0).to(device)
+    q = corl.TwinQ(OBS_DIM, ACT_DIM).to(device)
+    v = corl.ValueFunction(OBS_DIM).to(device)
+    networks = {"actor": actor, "q_network": q, "v_network": v}
+    optimizers = make_optimizers({"actor": actor, "q": q, "v": v})
+    return corl.ImplicitQLearning(1.0, **networks, **optimizers, device=device)
+
+
+def make_optimizers(networks: dict) -> dict:
+    optimizers = {}
+    for name, network in networks.items():
+        optimizers[f"{name}_optimizer"] = torch.optim.Adam(network.parameters(), lr=3e-4)
+    return optimizers
 
 
 def import_corl(path: Path):
@@ -157,8 +174,8 @@ def random_transitions(script, num_seeds: int, device: str):
 def make_versions(agent_name: str, args: Args) -> list[Version]:
     """The plain one first, then CORL's, then ours."""
     versions = [plain_version(agent_name, args.device)]
-    if args.peers and agent_name == "TD3+BC":
-        versions.append(corl_version(args.peers, args.device))
+    if args.peers:
+        versions.append(corl_version(agent_name, args.peers, args.device))
     has_gpu = args.device == "cuda"
     if args.scaling:
         for num_seeds in (1, 2, 5, 10, 20, 50):
