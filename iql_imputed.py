@@ -17,7 +17,7 @@
 5. Report the last evaluation.
 
 The equations are those of Romeo & Bagdanov (2024), "Offline Reinforcement Learning with Imputed
-Rewards".
+Rewards". The file is complete; td3bc_imputed.py is its twin, reward_model.py the models alone.
 
     python iql_imputed.py --num-updates 20_000                               # bundled dataset
     python iql_imputed.py --env-id walker2d-medium-replay-v2 --num-seeds 5   # D4RL
@@ -210,9 +210,9 @@ class GaussianProcess(nn.Module):
     """Bayesian linear regression plus a smooth function, for few labels; once per seed.
 
     f(x) = b + sum_j w_j x_j + g(x) for x = (s, a), all three random before any label is seen: a
-    constant b ~ N(0, 1), weights w_j ~ N(0, linear r_j), and a smooth g (RBF kernel, a length
-    l_j for each input). So f(x) and f(x') have the covariance
-        k(x, x') = 1 + linear sum_j r_j x_j x'_j + smooth exp(-sum_j (x_j - x'_j)^2 / (2 l_j^2)).
+    constant b ~ N(0, 1), weights w_j ~ N(0, linear * r_j), and a smooth g (RBF kernel, a length
+    l_j for each input). So f(x) and f(z) have the covariance k(x, z) =
+        1 + linear * sum_j r_j x_j z_j + smooth * exp(-sum_j (x_j - z_j)^2 / (2 l_j^2)).
     After labels y = f(X) + N(0, noise), the mean of f is
         f(x) = k(x, X) @ weights  with  weights = (k(X, X) + noise I)^-1 y.    (2.25)
     The numbers noise, linear, r_j, smooth and l_j are found by fit(). Equations are those of
@@ -263,17 +263,17 @@ class GaussianProcess(nn.Module):
         taken = torch.linspace(0, x.shape[1] - 1, self.x.shape[1]).long()
         x, y = x[:, taken], y[:, taken]
         few = torch.linspace(0, x.shape[1] - 1, min(x.shape[1], 500)).long()
-        starts = [parameter.detach().clone() for parameter in self.parameters()]
+        prior_means = [parameter.detach().clone() for parameter in self.parameters()]
         optimizer = torch.optim.Adam(self.parameters(), lr=0.1)
         for _ in range(100):
-            # -log p(y | parameters), but for a constant (2.30): y' (L L')^-1 y / 2, which is
-            # |L^-1 y|^2 / 2, and log det(L L') / 2, which is the sum of log L_ii.
+            # -log p(y | parameters), but for a constant (2.30): y^T (L L^T)^-1 y / 2, which is
+            # |L^-1 y|^2 / 2, and log det(L L^T) / 2, which is the sum of log L_ii.
             L = self.cholesky(x[:, few])
             white = torch.linalg.solve_triangular(L, y[:, few], upper=False)
             loss = white.square().sum() / 2 + L.diagonal(dim1=1, dim2=2).log().sum()
-            # -log p(parameters): a priori each is normal, with variance 1 around its start.
-            for parameter, start in zip(self.parameters(), starts):
-                loss = loss + (parameter - start).square().sum() / 2
+            # -log p(parameters): each is normal with variance 1 around where it started.
+            for parameter, prior_mean in zip(self.parameters(), prior_means):
+                loss = loss + (parameter - prior_mean).square().sum() / 2
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -305,11 +305,11 @@ class RewardModel(nn.Module):
         mean = torch.cat([mean, (low + high) / 2])
         std = torch.cat([std, (high - low) / 2])
         std[std == 0] = 1  # an input that never changes
+        mean, std = mean.float(), std.float()
         if args.reward_model == "gp":
-            self.model = GaussianProcess(mean.float(), std.float(), *labeled.shape)
+            self.model = GaussianProcess(mean, std, *labeled.shape)
         else:
-            mean, std, hidden_dim = mean.float(), std.float(), args.reward_hidden_dim
-            self.model = MLP(self.widths, mean, std, hidden_dim, 1, generators)
+            self.model = MLP(self.widths, mean, std, args.reward_hidden_dim, 1, generators)
 
     def forward(self, observations: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
         """(seeds, batch, ...) -> (seeds, batch)."""
@@ -331,9 +331,7 @@ def reward_backward(model: MLP, observations, actions, rewards) -> None:
 
 
 def fit_reward_model(reward_model, dataset: Dataset, labeled, generators, args) -> None:
-    """Minimise Eq. 4 on each seed's labelled transitions, or condition the Gaussian process.
-
-    Of `dataset` it sees observations, actions and rewards; of `args`, reward_* and cuda_graph."""
+    """Minimise Eq. 4 on each seed's labelled transitions, or condition the Gaussian process."""
     model, device = reward_model.model, reward_model.reward_mean.device
     # Each seed's labelled transitions: (seeds, labels, ...)
     observations = torch.from_numpy(dataset.observations[labeled]).to(device)
@@ -347,9 +345,9 @@ def fit_reward_model(reward_model, dataset: Dataset, labeled, generators, args) 
     optimizer = torch.optim.Adam(model.parameters(), **settings)
     num_seeds, num_labels = labeled.shape
     batch_size = min(args.reward_batch_size, num_labels)
-    whole_batches = math.ceil(num_labels / batch_size) * batch_size
-    # Each next(steps) runs step() once. On a GPU it replays a recording (`repeat`, below), which
-    # reads the same memory each time: `rows` is filled anew.
+    padded_length = math.ceil(num_labels / batch_size) * batch_size
+    # Each next(steps) calls step(), or on a GPU replays a recording of it (`repeat`, under Speed).
+    # Neither takes arguments, so the rows of a batch are written into `rows`.
     rows = torch.zeros(num_seeds, batch_size, dtype=torch.long, device=device)
 
     def step() -> None:
@@ -362,7 +360,7 @@ def fit_reward_model(reward_model, dataset: Dataset, labeled, generators, args) 
     for _ in tqdm(range(args.reward_epochs), "reward model", leave=False, disable=None):
         order = torch.stack([torch.randperm(num_labels, generator=g) for g in generators])
         # All batches are of one size: the last one is filled up with labels of the first.
-        order = torch.cat([order, order], dim=1)[:, :whole_batches].to(device)
+        order = torch.cat([order, order], dim=1)[:, :padded_length].to(device)
         for batch_rows in order.split(batch_size, dim=1):
             rows.copy_(batch_rows)
             next(steps)
@@ -386,7 +384,7 @@ def impute_rewards(reward_model: RewardModel, dataset: Dataset, labeled: np.ndar
 def imputation_quality(imputed: np.ndarray, dataset: Dataset, labeled: np.ndarray) -> dict | None:
     """How well each seed's imputed rewards match the hidden ones, which no agent sees.
 
-    None if nothing is hidden; NaN where the true rewards or returns are all equal."""
+    None if nothing is hidden; not finite where the true rewards or returns are all equal."""
     known = ~np.isnan(dataset.rewards)
     if np.count_nonzero(known) == labeled.shape[1]:
         return None
@@ -459,7 +457,7 @@ def init_orthogonal(network: MLP, generators: list[torch.Generator]) -> None:
 
 
 def sample(data: Transitions, batch_size: int, generator: torch.Generator) -> Transitions:
-    """Transitions drawn uniformly with replacement, for each seed its own."""
+    """As many for each seed, drawn uniformly with replacement."""
     num_seeds, num_rows = data.rewards.shape
     size, device = (num_seeds, batch_size), generator.device
     rows = torch.randint(num_rows, size, generator=generator, device=device)
@@ -772,12 +770,11 @@ def check_layout(path: Path, columns: dict[str, h5py.Dataset]) -> None:
         else:
             fits = column.shape[1:] in ((), (1,)) and column.ndim > 0
         require(fits, f"{path} has wrong shapes: {key} is {column.shape}")
-        # A damaged file of a few bytes may claim rows for terabytes of memory.
+        # A damaged file may declare terabytes: refuse tables far larger than what is stored.
         declared = math.prod(column.shape) * column.dtype.itemsize
         held = 0 if column.external else column.id.get_storage_size()
         if column.chunks:  # perhaps compressed: count what is there, not its bytes
             held = column.id.get_num_chunks() * math.prod(column.chunks) * column.dtype.itemsize
-        # A single column may be zeros that were never written, as may a small table.
         is_held = not is_table or declared <= held + 1_000_000
         require(is_held, f"{path}: {key} declares {len(column):,} rows, more than the file holds")
     lengths = {key: len(column) for key, column in columns.items()}
@@ -798,7 +795,7 @@ def find_ends(path: Path, arrays: dict[str, np.ndarray]) -> tuple[np.ndarray, np
     if "next_observations" in arrays:  # a cut is where the next row begins with something else
         following = np.roll(arrays["observations"], -1, axis=0)  # the last row's is the first
         is_cut = (arrays["next_observations"] != following).any(axis=1)
-        if is_cut.mean() > 0.5:  # a thinned-out log: no row goes on, so only terminals are ends
+        if is_cut.mean() > 0.5:  # a log with rows left out, where no row is followed by the next
             is_cut[:] = False
         return terminals, is_cut
     require(
@@ -945,7 +942,8 @@ def scale_actions(actions: np.ndarray, task: Task) -> np.ndarray:
 
 
 class Policy(dict):
-    """One seed's actor in numpy: observations, (obs_dim,) or (n, obs_dim), -> actions."""
+    """One seed's actor in numpy, to save and to use anywhere: observations, (obs_dim,) or
+    (n, obs_dim), -> actions."""
 
     def __call__(self, observations: np.ndarray) -> np.ndarray:
         x = (np.float32(observations) - self["mean"]) / self["std"]
@@ -973,7 +971,7 @@ def make_policies(actor: MLP, task: Task) -> list[Policy]:
 
 
 def run_episode(policy: Policy, env_spec, seed: int, stopped: list) -> float | None:
-    """Return of one deterministic episode; None if a signal stopped it (never in a worker)."""
+    """Return of one deterministic episode; None once a signal is in `stopped` (not in a worker)."""
     env = make_env(env_spec)
     observation, _ = env.reset(seed=seed)
     episode_return = 0.0
@@ -1052,7 +1050,7 @@ def metric_of(task: Task) -> str:
 
 def evaluations_left(args, task: Task, updates_done: int, scores: list) -> list[int]:
     """The updates at which the agent is still to be evaluated: every eval_freq, and at the end."""
-    # A checkpoint is written before its evaluation, which a resumed run may still owe.
+    # A checkpoint may lack the scores of its own update: a resumed run evaluates there first.
     done = scores[-1]["update"] if scores else 0
     if task.env_spec is None:  # nothing to evaluate: these are the times of checkpoints
         done = updates_done
@@ -1214,7 +1212,7 @@ def write_result(run_dir: Path, scores: list, task: Task, config, quality, timin
     result["reward_model"] = quality
     for name in ("num_updates", "eval_episodes", "device", "matmul_precision"):
         result[name] = config[name]
-    result["compile"] = gather is not EAGER["gather"]  # not if it was tried and failed
+    result["compile"] = gather is not EAGER["gather"]  # after a failed one: see use_functions()
     result["timing"] = timing
     result["versions"] = {m.__name__: m.__version__ for m in (torch, np, gym, mujoco, minari)}
     result["script_sha256"] = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
@@ -1233,7 +1231,7 @@ def choose_device(name: str) -> torch.device:
 
 
 def choose_precision(name: str, device: torch.device, resumed: dict | None) -> str:
-    """torch's fastest setting under which a float32 product is one; a resumed run keeps its own."""
+    """The fastest setting that still multiplies in float32; a resumed run keeps its own."""
     if name != "auto":
         return name
     # On x86, medium hands products to oneDNN, often the faster library, which rounds them to
@@ -1244,9 +1242,10 @@ def choose_precision(name: str, device: torch.device, resumed: dict | None) -> s
     if resumed is None:
         return "medium" if medium_is_float32 else "highest"
     before = resumed["config"]["matmul_precision"]
-    keeps = before == "highest" or medium_is_float32 or device.type == "cuda"
+    same_here = before == "highest" or medium_is_float32 or device.type == "cuda"
     require(
-        keeps, f"the run began with --matmul-precision {before}, which is bfloat16 here: give it"
+        same_here,
+        f"the run began with --matmul-precision {before}, which is bfloat16 here: give it",
     )
     return before
 
@@ -1288,7 +1287,7 @@ def compile_function(function):
             reason = " ".join(str(error).split())[:200]
             tqdm.write(f"warning: cannot compile, going on without: {reason}", file=sys.stderr)
             return function(*inputs)
-        globals()[function.__name__] = compiled
+        globals()[function.__name__] = compiled  # it worked: no more need of first_call
         return result
 
     return first_call
@@ -1371,7 +1370,7 @@ def check_rewards(args: Args, dataset: Dataset, labeled: np.ndarray) -> None:
 def fingerprint(dataset: Dataset) -> str:
     """Of what a run is trained on: a resumed run must find the same."""
     digest = hashlib.sha256()
-    for name in (*Transitions._fields, "episode_ids"):
+    for name in (*Transitions._fields, "episode_ids"):  # Dataset has the same names
         digest.update(np.ascontiguousarray(getattr(dataset, name)))
     return digest.hexdigest()
 
