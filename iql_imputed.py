@@ -371,8 +371,8 @@ def impute_rewards(reward_model: RewardModel, dataset: Dataset, labeled: np.ndar
     """Eq. 5: a labelled transition keeps its reward, any other gets f(s, a); (seeds, N)."""
     device = reward_model.reward_mean.device
     rewards = np.empty((len(labeled), len(dataset.rewards)), np.float32)
-    for start in range(0, len(dataset.rewards), 512):  # in chunks that a cache can hold
-        chunk = slice(start, start + 512)
+    for start in range(0, len(dataset.rewards), 128):  # in chunks that a cache can hold
+        chunk = slice(start, start + 128)
         observations = torch.from_numpy(dataset.observations[chunk]).to(device)
         actions = torch.from_numpy(dataset.actions[chunk]).to(device)
         each_seed = observations.expand(len(labeled), -1, -1), actions.expand(len(labeled), -1, -1)

@@ -234,7 +234,7 @@ def test_imputation_in_chunks_is_imputation_at_once(model, dataset, few_steps):
         actions=np.tile(dataset.actions, (12, 1)),
         rewards=np.tile(dataset.rewards, 12),
     )
-    assert len(many.rewards) > 2 * 512
+    assert len(many.rewards) > 2 * 128
     at_once = np.tile(predict(fitted, dataset), 12)
     assert_allclose(predict(fitted, many), at_once, rtol=1e-4, atol=1e-5)
 
