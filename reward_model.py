@@ -188,8 +188,9 @@ class GaussianProcess(nn.Module):
     """Bayesian linear regression plus a smooth function, for few labels; once per seed.
 
     f(x) = b + sum_j w_j x_j + g(x) for x = (s, a), all three random before any label is seen: a
-    constant b ~ N(0, 1), weights w_j ~ N(0, linear * r_j), and a smooth g (RBF kernel, a length
-    l_j for each input). So f(x) and f(z) have the covariance k(x, z) =
+    constant b ~ N(0, 1), slopes w_j ~ N(0, linear * r_j), one factor being common to all inputs,
+    and a smooth g (RBF kernel, a length l_j for each input). Then f(x) and f(z) have the
+    covariance k(x, z) =
         1 + linear * sum_j r_j x_j z_j + smooth * exp(-sum_j (x_j - z_j)^2 / (2 l_j^2)).
     After labels y = f(X) + N(0, noise), the mean of f is
         f(x) = k(x, X) @ weights  with  weights = (k(X, X) + noise I)^-1 y.    (2.25)
@@ -630,8 +631,8 @@ def load_dataset(env_id: str | None = None, dataset_path: Path | None = None) ->
         name = env_id
         minari_dataset, columns = load_minari(name)
         env = minari_dataset if minari_dataset.env_spec else None
-        ref_min = minari_dataset.storage.metadata.get("ref_min_score", np.nan)
-        ref_max = minari_dataset.storage.metadata.get("ref_max_score", np.nan)
+        ref_min = float(minari_dataset.storage.metadata.get("ref_min_score", np.nan))
+        ref_max = float(minari_dataset.storage.metadata.get("ref_max_score", np.nan))
 
     require(len(columns["rewards"]) > 0, "the dataset has no transitions")
     for key in ("observations", "actions", "next_observations"):
@@ -752,7 +753,8 @@ def check_layout(path: Path, columns: dict[str, h5py.Dataset]) -> None:
         else:
             fits = column.shape[1:] in ((), (1,)) and column.ndim > 0
         require(fits, f"{path} has wrong shapes: {key} is {column.shape}")
-        # A damaged file may declare terabytes: refuse tables far larger than what is stored.
+        # A damaged file may declare terabytes: refuse tables far larger than what is stored (and so
+        # single columns, which must be as long).
         declared = math.prod(column.shape) * column.dtype.itemsize
         held = 0 if column.external else column.id.get_storage_size()
         if column.chunks:  # perhaps compressed: count what is there, not its bytes
@@ -1042,7 +1044,7 @@ def choose_precision(name: str, device: torch.device, resumed: dict | None) -> s
 
 
 def choose_compile(choice: str, num_updates: int) -> bool:
-    """Whether to compile: it took 22 seconds on two cores, won back after 10,000 updates."""
+    """Whether to compile: it took 22 s on two cores, won back after 10,000 to 20,000 updates."""
     compiler = shutil.which(os.environ.get("CXX", "g++"))
     pays = num_updates >= 25_000 and compiler is not None
     return choice == "on" or (choice == "auto" and pays)
@@ -1110,7 +1112,7 @@ def check_arguments(args: Args) -> None:
     require(0 <= args.seed, "--seed must be 0 or more")
     require(0 < args.num_seeds, "--num-seeds must be at least 1")
     check_common_arguments(args)
-    held = args.run_dir and (args.run_dir / "config.json").exists()
+    held = args.run_dir and (args.run_dir / "config.json").exists()  # before anything is loaded
     require(not held, f"{args.run_dir} already holds a run: choose another --run-dir")
     if args.output_path:
         exists = args.output_path.exists()

@@ -212,8 +212,9 @@ class GaussianProcess(nn.Module):
     """Bayesian linear regression plus a smooth function, for few labels; once per seed.
 
     f(x) = b + sum_j w_j x_j + g(x) for x = (s, a), all three random before any label is seen: a
-    constant b ~ N(0, 1), weights w_j ~ N(0, linear * r_j), and a smooth g (RBF kernel, a length
-    l_j for each input). So f(x) and f(z) have the covariance k(x, z) =
+    constant b ~ N(0, 1), slopes w_j ~ N(0, linear * r_j), one factor being common to all inputs,
+    and a smooth g (RBF kernel, a length l_j for each input). Then f(x) and f(z) have the
+    covariance k(x, z) =
         1 + linear * sum_j r_j x_j z_j + smooth * exp(-sum_j (x_j - z_j)^2 / (2 l_j^2)).
     After labels y = f(X) + N(0, noise), the mean of f is
         f(x) = k(x, X) @ weights  with  weights = (k(X, X) + noise I)^-1 y.    (2.25)
@@ -447,7 +448,7 @@ class Agent:
 
 
 def sample(data: Transitions, batch_size: int, generator: torch.Generator) -> Transitions:
-    """As many for each seed, drawn uniformly with replacement."""
+    """`batch_size` transitions of each seed, drawn uniformly with replacement."""
     num_seeds, num_rows = data.rewards.shape
     size, device = (num_seeds, batch_size), generator.device
     rows = torch.randint(num_rows, size, generator=generator, device=device)
@@ -478,6 +479,7 @@ def actor_loss(agent: Agent, batch: Transitions, args: Args) -> torch.Tensor:
     return -lambda_ * q.mean(dim=1) + cloning
 
 
+# A loss and its backward() together, as in reward_backward.
 def critic_backward(agent: Agent, batch: Transitions, noise: torch.Tensor, args: Args):
     loss = critic_loss(agent, batch, noise, args)
     loss.sum().backward()  # a sum over seeds: each gets the gradient it would have alone
@@ -528,7 +530,7 @@ def agent_rewards(kind: str, dataset: Dataset, labeled: np.ndarray, imputed) -> 
     if kind == "mean":
         rewards[:] = labels.mean(axis=1, dtype=np.float64, keepdims=True)
     np.put_along_axis(rewards, labeled, labels, axis=1)  # zero, mean: labels stay as they are
-    return rewards  # labeled: main() keeps the labelled rows alone
+    return rewards  # of kind "labeled": main() keeps the labelled rows alone
 
 
 def reward_scale(rewards: np.ndarray, labeled: np.ndarray, dataset: Dataset, labeled_only: bool):
@@ -555,7 +557,9 @@ ACTION_BOUND = 1.0  # of a scaled action; the twin, iql_imputed.py, has a little
 
 
 def make_transitions(dataset: Dataset, rewards: np.ndarray, task, device) -> Transitions:
-    """All transitions as tensors (seeds, N, ...); seeds share everything but the rewards."""
+    """All transitions as tensors (seeds, N, ...); seeds share everything but the rewards.
+
+    Actions are scaled from the bounds in `task` to [-1, 1]."""
     actions = scale_actions(dataset.actions, task).clip(-ACTION_BOUND, ACTION_BOUND)
 
     def share(array: np.ndarray) -> torch.Tensor:  # a view for each seed, not a copy
@@ -610,8 +614,8 @@ def load_dataset(env_id: str | None = None, dataset_path: Path | None = None) ->
         name = env_id
         minari_dataset, columns = load_minari(name)
         env = minari_dataset if minari_dataset.env_spec else None
-        ref_min = minari_dataset.storage.metadata.get("ref_min_score", np.nan)
-        ref_max = minari_dataset.storage.metadata.get("ref_max_score", np.nan)
+        ref_min = float(minari_dataset.storage.metadata.get("ref_min_score", np.nan))
+        ref_max = float(minari_dataset.storage.metadata.get("ref_max_score", np.nan))
 
     require(len(columns["rewards"]) > 0, "the dataset has no transitions")
     for key in ("observations", "actions", "next_observations"):
@@ -732,7 +736,8 @@ def check_layout(path: Path, columns: dict[str, h5py.Dataset]) -> None:
         else:
             fits = column.shape[1:] in ((), (1,)) and column.ndim > 0
         require(fits, f"{path} has wrong shapes: {key} is {column.shape}")
-        # A damaged file may declare terabytes: refuse tables far larger than what is stored.
+        # A damaged file may declare terabytes: refuse tables far larger than what is stored (and so
+        # single columns, which must be as long).
         declared = math.prod(column.shape) * column.dtype.itemsize
         held = 0 if column.external else column.id.get_storage_size()
         if column.chunks:  # perhaps compressed: count what is there, not its bytes
@@ -842,14 +847,14 @@ class Task(NamedTuple):
 
 def make_task(dataset: Dataset, eval_env_id: str | None) -> Task:
     """Try the simulator for a step, hold it against the dataset; UserError if it is no match."""
-    env_id = eval_env_id or dataset.env
+    source = eval_env_id or dataset.env
     ref_min, ref_max = dataset.ref_min, dataset.ref_max
     if eval_env_id:  # the dataset's references are not those of another simulator
         ref_min = ref_max = math.nan
-    if env_id is None:
+    if source is None:
         low, high = dataset.actions.min(axis=0), dataset.actions.max(axis=0)
         return Task(None, low, high, ref_min, ref_max)
-    env = make_env(env_id)
+    env = make_env(source)
     for space in (env.observation_space, env.action_space):
         vector = isinstance(space, gym.spaces.Box) and len(space.shape) == 1
         require(vector, f"{env.spec.id}: need continuous vectors (1-D Box), not {space}")
@@ -933,7 +938,7 @@ def make_policies(actor: MLP, task: Task) -> list[Policy]:
 
 
 def run_episode(policy: Policy, env_spec, seed: int, stopped: list) -> float | None:
-    """Return of one deterministic episode; None once a signal is in `stopped` (not in a worker)."""
+    """Return of one deterministic episode; None once `stopped` has a signal (no worker's has)."""
     env = make_env(env_spec)
     observation, _ = env.reset(seed=seed)
     episode_return = 0.0
@@ -982,6 +987,8 @@ def start_evaluation(workers: Executor, agent, task: Task, updates_done, args, s
 
 def finish_evaluation(pending: list, scores: list, task: Task, run_dir, tracker) -> None:
     """Wait for the evaluation under way, if there is one; write, show and track its scores."""
+    if not pending:
+        return
     rows = []
     for updates_done, seed, futures in pending:
         returns = [future.result() for future in futures]
@@ -992,8 +999,6 @@ def finish_evaluation(pending: list, scores: list, task: Task, run_dir, tracker)
         if metric_of(task) == "score":
             score = 100 * (mean_return - task.ref_min) / (task.ref_max - task.ref_min)
         rows.append({"update": updates_done, "seed": seed, "return": mean_return, "score": score})
-    if not pending:
-        return
     pending.clear()
     scores.extend(rows)
     write_csv(run_dir / "scores.csv", scores)
@@ -1012,7 +1017,7 @@ def metric_of(task: Task) -> str:
 
 def evaluations_left(args, task: Task, updates_done: int, scores: list) -> list[int]:
     """The updates at which the agent is still to be evaluated: every eval_freq, and at the end."""
-    # A checkpoint may lack the scores of its own update: a resumed run evaluates there first.
+    # A checkpoint is written before its own evaluation (main, 4): a resumed run makes that first.
     done = scores[-1]["update"] if scores else 0
     if task.env_spec is None:  # nothing to evaluate: these are the times of checkpoints
         done = updates_done
@@ -1213,7 +1218,7 @@ def choose_precision(name: str, device: torch.device, resumed: dict | None) -> s
 
 
 def choose_compile(choice: str, num_updates: int) -> bool:
-    """Whether to compile: it took 22 seconds on two cores, won back after 10,000 updates."""
+    """Whether to compile: it took 22 s on two cores, won back after 10,000 to 20,000 updates."""
     compiler = shutil.which(os.environ.get("CXX", "g++"))
     pays = num_updates >= 25_000 and compiler is not None
     return choice == "on" or (choice == "auto" and pays)
@@ -1299,7 +1304,7 @@ def check_arguments(args: Args) -> None:
     require(0 < args.eval_episodes, "--eval-episodes must be at least 1")
     require(0 <= args.eval_workers, "--eval-workers must be 0 or more")
     require(args.run_dir or not args.resume, "--resume needs the --run-dir to go on from")
-    held = args.run_dir and (args.run_dir / "config.json").exists()
+    held = args.run_dir and (args.run_dir / "config.json").exists()  # before anything is loaded
     require(
         args.resume or not held,
         f"{args.run_dir} already holds a run: --resume, or another --run-dir",
