@@ -188,7 +188,7 @@ class GaussianProcess(nn.Module):
     """Bayesian linear regression plus a smooth function, for few labels; once per seed.
 
     f(x) = b + sum_j w_j x_j + g(x) for x = (s, a), all three random before any label is seen: a
-    constant b ~ N(0, 1), slopes w_j ~ N(0, linear * r_j), one factor being common to all inputs,
+    constant b ~ N(0, 1), slopes w_j ~ N(0, linear * r_j), where linear is common to all inputs,
     and a smooth g (RBF kernel, a length l_j for each input). Then f(x) and f(z) have the
     covariance k(x, z) =
         1 + linear * sum_j r_j x_j z_j + smooth * exp(-sum_j (x_j - z_j)^2 / (2 l_j^2)).
@@ -363,7 +363,8 @@ def impute_rewards(reward_model: RewardModel, dataset: Dataset, labeled: np.ndar
 def imputation_quality(imputed: np.ndarray, dataset: Dataset, labeled: np.ndarray) -> dict | None:
     """How well each seed's imputed rewards match the hidden ones, which no agent sees.
 
-    None if nothing is hidden; not finite where the true rewards or returns are all equal."""
+    None if nothing is hidden; not finite where what is compared is all equal. The returns are
+    those of episodes whose rewards are all known, labels included."""
     known = ~np.isnan(dataset.rewards)
     if np.count_nonzero(known) == labeled.shape[1]:
         return None
@@ -753,8 +754,8 @@ def check_layout(path: Path, columns: dict[str, h5py.Dataset]) -> None:
         else:
             fits = column.shape[1:] in ((), (1,)) and column.ndim > 0
         require(fits, f"{path} has wrong shapes: {key} is {column.shape}")
-        # A damaged file may declare terabytes: refuse tables far larger than what is stored (and so
-        # single columns, which must be as long).
+        # A damaged file may declare terabytes: refuse tables far larger than what is stored. Single
+        # columns need no check: they must be as long.
         declared = math.prod(column.shape) * column.dtype.itemsize
         held = 0 if column.external else column.id.get_storage_size()
         if column.chunks:  # perhaps compressed: count what is there, not its bytes
@@ -779,7 +780,7 @@ def find_ends(path: Path, arrays: dict[str, np.ndarray]) -> tuple[np.ndarray, np
     if "next_observations" in arrays:  # a cut is where the next row begins with something else
         following = np.roll(arrays["observations"], -1, axis=0)  # the last row's is the first
         is_cut = (arrays["next_observations"] != following).any(axis=1)
-        if is_cut.mean() > 0.5:  # a log with rows left out, where no row is followed by the next
+        if is_cut.mean() > 0.5:  # rows shuffled or left out: nearly each would be an episode
             is_cut[:] = False
         return terminals, is_cut
     require(
@@ -1030,8 +1031,8 @@ def choose_precision(name: str, device: torch.device, resumed: dict | None) -> s
     # On x86, medium hands products to oneDNN, often the faster library, which rounds them to
     # bfloat16 only where the processor has AMX.
     cpu = torch.cpu.get_capabilities()
-    has_amx = cpu.get("amx_bf16", True) or cpu.get("architecture") != "x86_64"
-    medium_is_float32 = device.type == "cpu" and not has_amx
+    may_round = cpu.get("amx_bf16", True) or cpu.get("architecture") != "x86_64"
+    medium_is_float32 = device.type == "cpu" and not may_round
     if resumed is None:
         return "medium" if medium_is_float32 else "highest"
     before = resumed["config"]["matmul_precision"]

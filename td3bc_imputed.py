@@ -212,7 +212,7 @@ class GaussianProcess(nn.Module):
     """Bayesian linear regression plus a smooth function, for few labels; once per seed.
 
     f(x) = b + sum_j w_j x_j + g(x) for x = (s, a), all three random before any label is seen: a
-    constant b ~ N(0, 1), slopes w_j ~ N(0, linear * r_j), one factor being common to all inputs,
+    constant b ~ N(0, 1), slopes w_j ~ N(0, linear * r_j), where linear is common to all inputs,
     and a smooth g (RBF kernel, a length l_j for each input). Then f(x) and f(z) have the
     covariance k(x, z) =
         1 + linear * sum_j r_j x_j z_j + smooth * exp(-sum_j (x_j - z_j)^2 / (2 l_j^2)).
@@ -387,7 +387,8 @@ def impute_rewards(reward_model: RewardModel, dataset: Dataset, labeled: np.ndar
 def imputation_quality(imputed: np.ndarray, dataset: Dataset, labeled: np.ndarray) -> dict | None:
     """How well each seed's imputed rewards match the hidden ones, which no agent sees.
 
-    None if nothing is hidden; not finite where the true rewards or returns are all equal."""
+    None if nothing is hidden; not finite where what is compared is all equal. The returns are
+    those of episodes whose rewards are all known, labels included."""
     known = ~np.isnan(dataset.rewards)
     if np.count_nonzero(known) == labeled.shape[1]:
         return None
@@ -432,7 +433,7 @@ class Agent:
         means, stds = zip(*[mean_and_std(rows) for rows in data.observations])
         mean = torch.stack(means).unsqueeze(1).to(data.observations)
         std = torch.stack(stds).unsqueeze(1).to(data.observations) + 1e-3  # as in the original
-        # Its output is that before tanh, which is applied at each call.
+        # Its output is before tanh, which is applied where it is called.
         self.actor = MLP([obs_dim], mean, std, 256, act_dim, generators).to(device)
         # Critics also see actions, as they are: mean 0, std 1.
         mean, std = F.pad(mean, (0, act_dim), value=0.0), F.pad(std, (0, act_dim), value=1.0)
@@ -736,8 +737,8 @@ def check_layout(path: Path, columns: dict[str, h5py.Dataset]) -> None:
         else:
             fits = column.shape[1:] in ((), (1,)) and column.ndim > 0
         require(fits, f"{path} has wrong shapes: {key} is {column.shape}")
-        # A damaged file may declare terabytes: refuse tables far larger than what is stored (and so
-        # single columns, which must be as long).
+        # A damaged file may declare terabytes: refuse tables far larger than what is stored. Single
+        # columns need no check: they must be as long.
         declared = math.prod(column.shape) * column.dtype.itemsize
         held = 0 if column.external else column.id.get_storage_size()
         if column.chunks:  # perhaps compressed: count what is there, not its bytes
@@ -762,7 +763,7 @@ def find_ends(path: Path, arrays: dict[str, np.ndarray]) -> tuple[np.ndarray, np
     if "next_observations" in arrays:  # a cut is where the next row begins with something else
         following = np.roll(arrays["observations"], -1, axis=0)  # the last row's is the first
         is_cut = (arrays["next_observations"] != following).any(axis=1)
-        if is_cut.mean() > 0.5:  # a log with rows left out, where no row is followed by the next
+        if is_cut.mean() > 0.5:  # rows shuffled or left out: nearly each would be an episode
             is_cut[:] = False
         return terminals, is_cut
     require(
@@ -1179,7 +1180,9 @@ def write_result(run_dir: Path, scores: list, task: Task, config, quality, timin
     result["reward_model"] = quality
     for name in ("num_updates", "eval_episodes", "device", "matmul_precision"):
         result[name] = config[name]
-    result["compile"] = gather is not EAGER["gather"]  # after a failed one: see use_functions()
+    result["compile"] = (
+        gather is not EAGER["gather"]
+    )  # false, too, if compiling was tried and failed
     result["timing"] = timing
     result["versions"] = {m.__name__: m.__version__ for m in (torch, np, gym, mujoco, minari)}
     result["script_sha256"] = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
@@ -1204,8 +1207,8 @@ def choose_precision(name: str, device: torch.device, resumed: dict | None) -> s
     # On x86, medium hands products to oneDNN, often the faster library, which rounds them to
     # bfloat16 only where the processor has AMX.
     cpu = torch.cpu.get_capabilities()
-    has_amx = cpu.get("amx_bf16", True) or cpu.get("architecture") != "x86_64"
-    medium_is_float32 = device.type == "cpu" and not has_amx
+    may_round = cpu.get("amx_bf16", True) or cpu.get("architecture") != "x86_64"
+    medium_is_float32 = device.type == "cpu" and not may_round
     if resumed is None:
         return "medium" if medium_is_float32 else "highest"
     before = resumed["config"]["matmul_precision"]

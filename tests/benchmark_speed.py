@@ -6,7 +6,7 @@
 
 The plain version is tests/reference.py: one seed, an nn.Sequential for a network, eager. A bare
 time says nothing about another machine, so the table gives ratios; versions take turns, so that
-noise meets them all, and of each the median counts.
+noise meets them all, and the median of the turns counts.
 """
 
 import importlib.util
@@ -112,8 +112,8 @@ def our_version(agent_name, num_seeds, device, precision="highest", compiled=Fal
 
 def corl_version(agent_name: str, folder: Path, device: str) -> Version:
     """CORL's agent as its train() sets it up, without its logging."""
-    name = "iql" if agent_name == "IQL" else "td3_bc"
-    corl = import_corl(folder / "algorithms" / "offline" / f"{name}.py")
+    file_name = "iql.py" if agent_name == "IQL" else "td3_bc.py"
+    corl = import_corl(folder / "algorithms" / "offline" / file_name)
     data = random_transitions(SCRIPTS[agent_name], 1, device)
     dataset = {name: tensor[0].cpu().numpy() for name, tensor in data._asdict().items()}
     mean, std = corl.compute_mean_std(dataset["observations"], eps=1e-3)
@@ -235,18 +235,16 @@ def measure_agent(agent_name: str, args: Args) -> list[dict]:
         row = {"agent": agent_name, "version": version.name, "num_seeds": version.num_seeds}
         row["updates_per_second"] = speed
         row["seed_updates_per_second"] = speed * version.num_seeds
+        row["ratio"] = version.num_seeds * median_ratio(measured, speeds[0])
+        if versions[1].name == "CORL":
+            row["ratio_to_corl"] = version.num_seeds * median_ratio(measured, speeds[1])
         rows.append(row)
-    add_ratios(rows)
     return rows
 
 
-def add_ratios(rows: list[dict]) -> None:
-    """To the plain version, and to CORL's where it was timed."""
-    speeds = {row["version"]: row["seed_updates_per_second"] for row in rows}
-    for row in rows:
-        row["ratio"] = row["seed_updates_per_second"] / speeds["plain"]
-        if "CORL" in speeds:
-            row["ratio_to_corl"] = row["seed_updates_per_second"] / speeds["CORL"]
+def median_ratio(speeds: list[float], others: list[float]) -> float:
+    """Of each turn a ratio, so that noise longer than a turn meets both."""
+    return median(speed / other for speed, other in zip(speeds, others))
 
 
 # --- The table and the figure ---
