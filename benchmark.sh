@@ -666,18 +666,21 @@ def draw_labels(runs, datasets, fractions, numbers, path):
         oracle = runs.get((dataset, "td3bc oracle 1"))
         if oracle:
             mean = np.mean(oracle.scores)
-            above.axhline(mean, color=REWARD_COLORS["oracle"], label="100% true rewards")
-        for rewards, label in (("imputed", "imputed, MLP"), ("imputed-gp", "imputed, GP")):
+            above.axhline(mean, color=REWARD_COLORS["oracle"], label="true rewards")
+        # Side by side, so that no error bar hides another.
+        for rewards, label, shift in (("imputed", "MLP", 0.96), ("imputed-gp", "GP", 1.04)):
             found = [runs.get((dataset, f"td3bc {rewards} {fraction}")) for fraction in fractions]
             found = [run for run in found if run]
-            x = [numbers[dataset, run.setting.split()[2]] for run in found]
+            x = [shift * numbers[dataset, run.setting.split()[2]] for run in found]
             style = {"color": REWARD_COLORS[rewards], "label": label, "marker": "o", "capsize": 3}
             draw_points(above, x, [run.scores for run in found], style)
             draw_points(below, x, [r2(run) for run in found], style)
         above.set(title=dataset, ylabel=f"TD3+BC's {metric(runs)}", xscale="log")
         above.set_ylim(bottom=min(0, above.get_ylim()[0]))
         below.set(xlabel="labels", ylabel="R² of hidden rewards", ylim=(-0.05, 1.05))
-        below.xaxis.set_major_formatter("{x:,.0f}")
+        ticks = sorted({numbers[dataset, fraction] for fraction in fractions})
+        below.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
+        below.minorticks_off()
     add_legend(figure, ncols=3)
     save(figure, path)
 
