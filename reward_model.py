@@ -23,6 +23,7 @@ Rewards".
 """
 
 import difflib
+import functools
 import hashlib
 import io
 import json
@@ -1032,14 +1033,11 @@ def choose_precision(name: str, device: torch.device, resumed: dict | None) -> s
     # bfloat16 only where the processor has AMX.
     cpu = torch.cpu.get_capabilities()
     may_round = cpu.get("amx_bf16", True) or cpu.get("architecture") != "x86_64"
-    medium_is_float32 = device.type == "cpu" and not may_round
-    if resumed is None:
-        return "medium" if medium_is_float32 else "highest"
-    before = resumed["config"]["matmul_precision"]
-    same_here = before == "highest" or medium_is_float32 or device.type == "cuda"
+    fastest = "medium" if device.type == "cpu" and not may_round else "highest"
+    before = resumed["config"]["matmul_precision"] if resumed else fastest
     require(
-        same_here,
-        f"the run began with --matmul-precision {before}, which is bfloat16 here: give it",
+        before in ("highest", fastest),  # highest is float32 anywhere
+        f"the run began with --matmul-precision {before}, less than float32 here: give it",
     )
     return before
 
@@ -1051,39 +1049,42 @@ def choose_compile(choice: str, num_updates: int) -> bool:
     return choice == "on" or (choice == "auto" and pays)
 
 
-def set_speed(precision: str, compiled: bool) -> None:
+def set_speed(precision: str, compiles: bool) -> None:
     torch.set_float32_matmul_precision(precision)
-    use_functions(compiled)
+    compiled.on = compiles
+    if compiles:
+        torch._dynamo.config.trace_autograd_ops = True  # private: lets backward() be compiled
+        torch._dynamo.config.recompile_limit = 100  # private: for that many shapes in one process
 
 
-# What is worth compiling: use_functions() lets these names stand for compiled versions, or not.
-EAGER = {f.__name__: f for f in (gather, reward_backward)}
+def compiled(function):
+    """A version of the function that runs compiled while `compiled.on`: equal up to rounding.
 
+    If the compiler fails, which it can in many ways, all functions go on as they are written."""
+    fast = None
 
-def use_functions(compiled: bool) -> None:
-    """Let this file call the functions of EAGER as they are, or compiled: equal up to rounding."""
-    torch._dynamo.config.trace_autograd_ops = True  # private: lets compiled code call backward()
-    torch._dynamo.config.recompile_limit = 100  # private: for that many shapes in one process
-    for name, function in EAGER.items():
-        globals()[name] = compile_function(function) if compiled else function
-
-
-def compile_function(function):
-    """The function compiled; if that fails at its first call, all go on as they are."""
-    compiled = torch.compile(function, fullgraph=True, dynamic=False)
-
-    def first_call(*inputs):
+    @functools.wraps(function)
+    def run(*inputs):
+        nonlocal fast
+        if not compiled.on:
+            return function(*inputs)
         try:
-            result = compiled(*inputs)
-        except (RuntimeError, OSError) as error:  # a compiler can fail in many ways
-            use_functions(compiled=False)
+            fast = fast or torch.compile(function, fullgraph=True, dynamic=False)
+            return fast(*inputs)
+        except (RuntimeError, OSError) as error:
+            compiled.on = False
             reason = " ".join(str(error).split())[:200]
             tqdm.write(f"warning: cannot compile, going on without: {reason}", file=sys.stderr)
             return function(*inputs)
-        globals()[function.__name__] = compiled  # it worked: no more need of first_call
-        return result
 
-    return first_call
+    return run
+
+
+compiled.on = False  # set_speed() decides
+
+# The functions where the time goes. From here on these names stand for the wrapped versions.
+gather = compiled(gather)
+reward_backward = compiled(reward_backward)
 
 
 def repeat(step, generators: list[torch.Generator], recorded: bool):

@@ -195,16 +195,6 @@ def make_versions(agent_name: str, args: Args) -> list[Version]:
 
 
 # --- The measurements ---
-def compile_functions(script) -> dict[bool, dict]:
-    """A script's functions for not compiled (False) and compiled (True), once for all versions."""
-    torch._dynamo.config.recompile_limit = 100  # each number of seeds is a shape of its own
-    script.use_functions(compiled=False)  # sets what compiling needs
-    compiled = {}
-    for name, function in script.EAGER.items():
-        compiled[name] = torch.compile(function, fullgraph=True, dynamic=False)
-    return {False: script.EAGER, True: compiled}
-
-
 def measure(version: Version, num_updates: int, device: str) -> float:
     """Updates a second."""
     start = time.perf_counter()
@@ -218,17 +208,17 @@ def measure(version: Version, num_updates: int, device: str) -> float:
 def measure_agent(agent_name: str, args: Args) -> list[dict]:
     """A row of the table for each version of one agent."""
     script = SCRIPTS[agent_name]
-    functions = compile_functions(script)
     versions = make_versions(agent_name, args)
     speeds = [[] for _ in versions]
     for turn in tqdm(range(args.rounds + 1), agent_name, leave=False, disable=None):
         for version, measured in zip(versions, speeds):
-            torch.set_float32_matmul_precision(version.precision)
-            vars(script).update(functions[version.compiled])
+            script.set_speed(version.precision, version.compiled)
             if turn == 0:  # warms up: compiles, records
                 measure(version, 40, args.device)
             else:
                 measured.append(measure(version, args.num_updates, args.device))
+            if script.compiled.on != version.compiled:
+                sys.exit(f"{agent_name}: compiling failed")
     rows = []
     for version, measured in zip(versions, speeds):
         speed = median(measured)

@@ -41,7 +41,7 @@ def speed_is_given_back():
     with warnings.catch_warnings():
         yield
     for script in (td3bc_imputed, iql_imputed):
-        script.set_speed("highest", compiled=False)
+        script.set_speed("highest", compiles=False)
     torch._dynamo.reset()
 
 
@@ -90,13 +90,45 @@ def difference_to_eager(script, run_dir):
 
 
 # --- Compiling ---
+BOTH_COMPILE = ["gather", "reward_backward", "actor_backward", "critic_backward"]
+COMPILED = {
+    td3bc_imputed: BOTH_COMPILE,
+    iql_imputed: [*BOTH_COMPILE, "target_q", "value_backward"],
+}
+
+
+def compile_with(compiler, script, monkeypatch):
+    """As if nothing had been compiled yet, and torch.compile were another."""
+    monkeypatch.setattr(torch, "compile", compiler)
+    for name in COMPILED[script]:
+        function = getattr(script, name).__wrapped__
+        monkeypatch.setattr(script, name, script.compiled(function))
+
+
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
 @BOTH
-def test_a_compiled_run_equals_an_eager_one(script):
+def test_a_compiled_run_equals_an_eager_one(script, monkeypatch):
+    compiled, compiler = [], torch.compile
+
+    def count(function, **settings):
+        compiled.append(function.__name__)
+        return compiler(function, **settings)
+
+    compile_with(count, script, monkeypatch)
     train(script, "compiled", "--compile", "on")
-    for name, function in script.EAGER.items():
-        assert getattr(script, name) is not function, f"{name} was not compiled"
+    assert sorted(compiled) == sorted(COMPILED[script])
+    assert read_json("compiled/result.json")["compile"] is True
     assert difference_to_eager(script, "compiled") < 1e-4
+
+
+@BOTH
+def test_an_eager_run_compiles_nothing(script, monkeypatch):
+    def fail(function, **settings):
+        raise AssertionError(f"{function.__name__} was compiled")
+
+    compile_with(fail, script, monkeypatch)
+    train(script, "run")
+    assert read_json("run/result.json")["compile"] is False
 
 
 @pytest.mark.parametrize(
@@ -116,7 +148,7 @@ def test_a_compilation_that_fails_is_one_line_and_an_eager_run(
     def compile_all_but_one(function, **settings):
         return fail if function.__name__ == broken else function
 
-    monkeypatch.setattr(torch, "compile", compile_all_but_one)
+    compile_with(compile_all_but_one, script, monkeypatch)
     train(script, "broken", "--compile", "on")
     warning = "warning: cannot compile, going on without: the compiler crashed"
     assert capsys.readouterr().err.splitlines().count(warning) == 1
@@ -126,13 +158,14 @@ def test_a_compilation_that_fails_is_one_line_and_an_eager_run(
 
 def test_one_process_compiles_for_data_of_many_shapes(monkeypatch):
     traced = functools.partial(torch.compile, backend="eager")
-    monkeypatch.setattr(torch, "compile", traced)
-    td3bc_imputed.use_functions(compiled=True)
+    compile_with(traced, td3bc_imputed, monkeypatch)
+    td3bc_imputed.set_speed("highest", compiles=True)
     rows = torch.tensor([[0, 1]])
     for width in range(1, 20):
         columns = torch.ones(1, 5, width)
         (drawn,) = td3bc_imputed.gather([columns], rows)
         assert drawn.shape == (1, 2, width)
+    assert td3bc_imputed.compiled.on, "it went on without compiling"
 
 
 def test_auto_compiles_long_runs_where_there_is_a_compiler(monkeypatch):

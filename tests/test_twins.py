@@ -14,7 +14,7 @@ AGENTS = ("td3bc_imputed.py", "iql_imputed.py")
 SCRIPTS = (*AGENTS, "reward_model.py")
 PAIRS = list(combinations(SCRIPTS, 2))
 # What a script has of its own: what it is called with, and the algorithm.
-OWN = {"docstring", "imports", "Args", "EAGER", "check_arguments", "main", "__main__"}
+OWN = {"docstring", "imports", "Args", "check_arguments", "main", "__main__"}
 OWN |= {"ACTION_BOUND"}
 ALGORITHM = {"Agent", "critic_loss", "actor_loss", "update"}
 ALGORITHM |= {"critic_backward", "actor_backward"}
@@ -31,9 +31,7 @@ def name_of(node):
         case ast.FunctionDef() | ast.ClassDef():
             return node.name
         case ast.Assign():
-            return node.targets[0].id
-        case ast.AugAssign():
-            return node.target.id
+            return ast.unparse(node.targets[0])
         case ast.Import() | ast.ImportFrom():
             return "imports"
         case ast.If():
@@ -56,9 +54,10 @@ def blocks_of(script):
                 text.append(line)
         start = node.end_lineno
         name = name_of(node)
-        if name in blocks:  # EAGER |= ..., the next import
-            text = [*blocks[name][1], *text]
-        blocks[name] = (heading, text)
+        if name in blocks:  # gather = compiled(gather), the next import
+            blocks[name][1].extend(text)
+        else:
+            blocks[name] = (heading, text)
     return blocks
 
 
