@@ -1153,10 +1153,10 @@ def log_losses(tracker, updates_done: int, losses: dict, speed: float) -> None:
     tracker.log({"update": updates_done, "charts/updates_per_second": speed, **means})
 
 
-def leave(number: int, updates_done: int, run_dir: Path, is_resumed: bool) -> None:
+def leave(number: int, updates_done: int, run_dir: Path, args) -> None:
     """End a run that a signal stopped, with the command that goes on."""
-    more = [] if "--run-dir" in sys.argv else ["--run-dir", str(run_dir)]
-    more += [] if is_resumed else ["--resume"]
+    more = [] if args.run_dir else ["--run-dir", str(run_dir)]
+    more += [] if args.resume else ["--resume"]
     command = shlex.join([sys.executable, *sys.argv, *more])
     tqdm.write(f"stopped at {updates_done:,}; go on with: {command}")
     sys.exit(128 + number)
@@ -1507,7 +1507,7 @@ def main(args: Args) -> None:
         finish_evaluation(pending, scores, task, run_dir, tracker)
     progress.close()
     if stopped and evaluations_left(args, task, updates_done, scores):
-        leave(stopped[0], updates_done, run_dir, args.resume)
+        leave(stopped[0], updates_done, run_dir, args)
 
     # 5. The result: the last evaluation, never the best.
     for seed, policy in zip(seeds, make_policies(agent.actor, task)):

@@ -447,12 +447,13 @@ def test_kill_9_leaves_no_worker_and_a_run_that_goes_on_to_the_bit():
 def test_a_process_that_is_stopped_goes_on_by_its_command_and_killed_by_the_same_one():
     options = f"{OWN} --num-updates 140 --eval-freq 20 --num-seeds 2"
     train(iql_imputed, f"{options} --run-dir undisturbed")
-    process = start(iql_imputed, f"{options} --run-dir run")
+    process = start(iql_imputed, f"{options} --run-dir=run")
     wait_for("run/scores.csv", process)
     process.send_signal(signal.SIGINT)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 130, output
     command = output.splitlines()[-1].split("; go on with: ")[1]
+    assert command.endswith(f"{options} --run-dir=run --resume")
 
     num_scores = len(read_scores("run"))
     process = subprocess.Popen(f"exec {command}", shell=True, env=environment())
