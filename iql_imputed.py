@@ -144,8 +144,8 @@ class BatchedLinear(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(len(generators), in_dim, out_dim))
         self.bias = nn.Parameter(torch.empty(len(generators), 1, out_dim))
-        # nn.Linear's initialisation, each seed from its own generator: the same weights
-        # whether a seed runs alone or among others.
+        # nn.Linear's initialisation, each seed from its own generator: it starts from the same
+        # weights whether it runs alone or among others.
         bound = in_dim**-0.5
         for k, generator in enumerate(generators):
             nn.init.uniform_(self.weight.data[k], -bound, bound, generator=generator)
@@ -191,8 +191,8 @@ def mean_and_std(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 def gather(tensors: list | tuple, rows: torch.Tensor) -> list[torch.Tensor]:
     """Each seed's rows: tensors (seeds, N, ...), rows (seeds, batch) -> (seeds, batch, ...)."""
-    seeds = torch.arange(len(rows), device=rows.device).unsqueeze(1)
-    return [tensor[seeds, rows] for tensor in tensors]
+    seed_index = torch.arange(len(rows), device=rows.device).unsqueeze(1)  # beside rows: (seeds, 1)
+    return [tensor[seed_index, rows] for tensor in tensors]
 
 
 # --- Reward model (Romeo & Bagdanov 2024) ---
@@ -205,86 +205,6 @@ def split_labels(rewards: np.ndarray, fraction: float | None, seeds: range) -> n
     num_labels = max(1, round(fraction * len(known)))
     draws = [np.random.default_rng(seed).choice(known, num_labels, replace=False) for seed in seeds]
     return np.sort(draws, axis=1)
-
-
-class GaussianProcess(nn.Module):
-    """Bayesian linear regression plus a smooth function, for few labels; once per seed.
-
-    f(x) = b + sum_j w_j x_j + g(x) for x = (s, a), all three random before any label is seen: a
-    constant b ~ N(0, 1), slopes w_j ~ N(0, linear * r_j), where linear is common to all inputs,
-    and a smooth g (RBF kernel, a length l_j for each input). Then f(x) and f(z) have the
-    covariance k(x, z) =
-        1 + linear * sum_j r_j x_j z_j + smooth * exp(-sum_j (x_j - z_j)^2 / (2 l_j^2)).
-    After labels y = f(X) + N(0, noise), the mean of f is
-        f(x) = k(x, X) @ weights  with  weights = (k(X, X) + noise I)^-1 y.    (2.25)
-    The numbers noise, linear, r_j, smooth and l_j are found by fit(). Equations are those of
-    Rasmussen & Williams (2006), Gaussian Processes for Machine Learning."""
-
-    def __init__(self, mean, std, num_seeds: int, num_labels: int):
-        super().__init__()
-        in_dim = len(mean)
-        num_labels = min(num_labels, 2000)  # time grows with the cube: of more, 2,000 are taken
-        self.register_buffer("mean", mean)  # (in_dim,), as in MLP
-        self.register_buffer("std", std)
-        # Filled by fit(); here already so that a checkpoint can be loaded.
-        self.register_buffer("x", torch.zeros(num_seeds, num_labels, in_dim).double())
-        self.register_buffer("weights", torch.zeros(num_seeds, num_labels, 1).double())
-
-        # Logarithms keep them positive. They start at a guess for inputs and labels of variance 1,
-        # with which the sums over the inputs are of order 1.
-        one = torch.ones(num_seeds, 1, 1).double()
-        each_input = torch.ones(num_seeds, 1, in_dim).double()
-        self.log_noise = nn.Parameter(-1 * one)
-        self.log_linear = nn.Parameter(-math.log(in_dim) * one)
-        self.log_smooth = nn.Parameter(-1 * one)
-        self.log_relevance = nn.Parameter(0 * each_input)  # r_j
-        self.log_inverse_length = nn.Parameter(-math.log(in_dim) / 2 * each_input)  # 1 / l_j
-
-    def inputs(self, observations: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
-        x = (torch.cat([observations, actions], dim=-1) - self.mean) / self.std
-        return x.double()  # float32 is too coarse to invert k(X, X)
-
-    def kernel(self, x1: torch.Tensor, x2: torch.Tensor) -> torch.Tensor:
-        """k of all pairs: (seeds, n, in_dim), (seeds, m, in_dim) -> (seeds, n, m)."""
-        product = (x1 * self.log_relevance.exp()) @ x2.mT
-        inverse_length = self.log_inverse_length.exp()
-        distance = torch.cdist(x1 * inverse_length, x2 * inverse_length)
-        smooth = self.log_smooth.exp() * torch.exp(-distance.square() / 2)
-        return 1 + self.log_linear.exp() * product + smooth
-
-    def cholesky(self, x: torch.Tensor) -> torch.Tensor:
-        """The lower triangular L with L @ L.mT = k(X, X) + noise I."""
-        noise = self.log_noise.exp() + 1e-4  # 1e-4: so that the matrix stays positive definite
-        return torch.linalg.cholesky(self.kernel(x, x) + noise * torch.eye(x.shape[1]).to(x))
-
-    def fit(self, observations, actions, rewards) -> None:
-        """Find the parameters under which the labels are most plausible, then the weights."""
-        x, y = self.inputs(observations, actions), rewards.double().unsqueeze(-1)
-        # Labels are in the order of the log: of too many, take some evenly spaced ones. The weights
-        # are those of at most 2,000 labels, the parameters are found with at most 500 of these.
-        taken = torch.linspace(0, x.shape[1] - 1, self.x.shape[1]).long()
-        x, y = x[:, taken], y[:, taken]
-        few = torch.linspace(0, x.shape[1] - 1, min(x.shape[1], 500)).long()
-        prior_means = [parameter.detach().clone() for parameter in self.parameters()]
-        optimizer = torch.optim.Adam(self.parameters(), lr=0.1)
-        for _ in range(100):
-            # -log p(y | parameters), but for a constant (2.30): y^T (L L^T)^-1 y / 2, which is
-            # |L^-1 y|^2 / 2, and log det(L L^T) / 2, which is the sum of log L_ii.
-            L = self.cholesky(x[:, few])
-            white = torch.linalg.solve_triangular(L, y[:, few], upper=False)
-            loss = white.square().sum() / 2 + L.diagonal(dim1=1, dim2=2).log().sum()
-            # -log p(parameters): each is normal with variance 1 around where it started.
-            for parameter, prior_mean in zip(self.parameters(), prior_means):
-                loss = loss + (parameter - prior_mean).square().sum() / 2
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-        self.x = x
-        self.weights = torch.cholesky_solve(y, self.cholesky(x)).detach()
-
-    def forward(self, observations: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
-        """The mean of f: (seeds, batch, ...) -> (seeds, batch, 1)."""
-        return self.kernel(self.inputs(observations, actions), self.x) @ self.weights
 
 
 class RewardModel(nn.Module):
@@ -333,7 +253,7 @@ def reward_backward(model: MLP, observations, actions, rewards) -> None:
 
 
 def fit_reward_model(reward_model, dataset: Dataset, labeled, generators, args) -> None:
-    """Minimise Eq. 4 on each seed's labelled transitions, or condition the Gaussian process."""
+    """Minimise Eq. 4 on each seed's standardised labels, or condition the Gaussian process."""
     model, device = reward_model.model, reward_model.reward_mean.device
     # Each seed's labelled transitions: (seeds, labels, ...)
     observations = torch.from_numpy(dataset.observations[labeled]).to(device)
@@ -386,10 +306,10 @@ def impute_rewards(reward_model: RewardModel, dataset: Dataset, labeled: np.ndar
 def imputation_quality(imputed: np.ndarray, dataset: Dataset, labeled: np.ndarray) -> dict | None:
     """How well each seed's imputed rewards match the hidden ones, which no agent sees.
 
-    None if nothing is hidden; not finite where what is compared is all equal. The returns are
-    those of episodes whose rewards are all known, labels included."""
+    None if no known reward is hidden; a measure is NaN or infinite where the values it compares
+    are all equal. Returns are those of episodes whose rewards are all known, labels included."""
     known = ~np.isnan(dataset.rewards)
-    if np.count_nonzero(known) == labeled.shape[1]:
+    if np.count_nonzero(known) == labeled.shape[1]:  # all that is known is labelled
         return None
     true_returns = np.bincount(dataset.episode_ids, dataset.rewards)
     whole = ~np.isnan(true_returns)  # NaN: an episode with unknown rewards
@@ -407,6 +327,86 @@ def imputation_quality(imputed: np.ndarray, dataset: Dataset, labeled: np.ndarra
         quality["mae"].append(float(np.mean(np.abs(error))))
         quality["return_correlation"].append(float(correlation))
     return quality
+
+
+class GaussianProcess(nn.Module):
+    """Bayesian linear regression plus a smooth function, for few labels; once per seed.
+
+    Equations are numbered as in Rasmussen & Williams (2006), Gaussian Processes for Machine
+    Learning. f(x) = b + sum_j w_j x_j + g(x) for x = (s, a), all three random before any label is
+    seen: a constant b ~ N(0, 1), slopes w_j ~ N(0, linear * r_j), a variance common to all inputs
+    times the relevance of each, and a smooth g (RBF kernel of variance smooth, a length l_j for
+    each input). Then f(x) and f(z) have the covariance k(x, z) =
+        1 + linear * sum_j r_j x_j z_j + smooth * exp(-sum_j (x_j - z_j)^2 / (2 l_j^2)).
+    After labels y = f(X) + N(0, noise), the mean of f is
+        f(x) = k(x, X) @ weights  with  weights = (k(X, X) + noise I)^-1 y.    (2.25)
+    The numbers noise, linear, r_j, smooth and l_j are found by fit()."""
+
+    def __init__(self, mean, std, num_seeds: int, num_labels: int):
+        super().__init__()
+        in_dim = len(mean)
+        num_labels = min(num_labels, 2000)  # time grows with the cube
+        self.register_buffer("mean", mean)  # (in_dim,), as in MLP
+        self.register_buffer("std", std)
+        # Filled by fit(); here already so that a checkpoint can be loaded.
+        self.register_buffer("x", torch.zeros(num_seeds, num_labels, in_dim).double())
+        self.register_buffer("weights", torch.zeros(num_seeds, num_labels, 1).double())
+
+        # Logarithms keep them positive. They start at a guess for inputs and labels of variance 1,
+        # with which the sums over the inputs are of order 1.
+        one = torch.ones(num_seeds, 1, 1).double()
+        each_input = torch.ones(num_seeds, 1, in_dim).double()
+        self.log_noise = nn.Parameter(-1 * one)
+        self.log_linear = nn.Parameter(-math.log(in_dim) * one)
+        self.log_smooth = nn.Parameter(-1 * one)
+        self.log_relevance = nn.Parameter(0 * each_input)  # r_j
+        self.log_inverse_length = nn.Parameter(-math.log(in_dim) / 2 * each_input)  # 1 / l_j
+
+    def inputs(self, observations: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
+        x = (torch.cat([observations, actions], dim=-1) - self.mean) / self.std
+        return x.double()  # float32 is too coarse to invert k(X, X)
+
+    def kernel(self, x1: torch.Tensor, x2: torch.Tensor) -> torch.Tensor:
+        """k of all pairs: (seeds, n, in_dim), (seeds, m, in_dim) -> (seeds, n, m)."""
+        product = (x1 * self.log_relevance.exp()) @ x2.mT
+        inverse_length = self.log_inverse_length.exp()
+        distance = torch.cdist(x1 * inverse_length, x2 * inverse_length)
+        rbf = torch.exp(-distance.square() / 2)
+        return 1 + self.log_linear.exp() * product + self.log_smooth.exp() * rbf
+
+    def cholesky(self, x: torch.Tensor) -> torch.Tensor:
+        """The lower triangular L with L @ L.mT = k(X, X) + noise I."""
+        noise = self.log_noise.exp() + 1e-4  # 1e-4: so that the matrix stays positive definite
+        return torch.linalg.cholesky(self.kernel(x, x) + noise * torch.eye(x.shape[1]).to(x))
+
+    def fit(self, observations, actions, rewards) -> None:
+        """Find the parameters under which the labels are most plausible, then the weights."""
+        x, y = self.inputs(observations, actions), rewards.double().unsqueeze(-1)
+        # Labels are in the order of the log: of more than 2,000, take evenly spaced ones.
+        taken = torch.linspace(0, x.shape[1] - 1, self.x.shape[1]).long()
+        x, y = x[:, taken], y[:, taken]
+        # Of these, 500 are enough to find the parameters.
+        few = torch.linspace(0, x.shape[1] - 1, min(x.shape[1], 500)).long()
+        prior_means = [parameter.detach().clone() for parameter in self.parameters()]
+        optimizer = torch.optim.Adam(self.parameters(), lr=0.1)
+        for _ in range(100):
+            # -log p(y | parameters), but for a constant (2.30): y^T (L L^T)^-1 y / 2, which is
+            # |L^-1 y|^2 / 2, and log det(L L^T) / 2, which is the sum of log L_ii.
+            L = self.cholesky(x[:, few])
+            white = torch.linalg.solve_triangular(L, y[:, few], upper=False)
+            loss = white.square().sum() / 2 + L.diagonal(dim1=1, dim2=2).log().sum()
+            # -log p(parameters): each is normal with variance 1 around where it started.
+            for parameter, prior_mean in zip(self.parameters(), prior_means):
+                loss = loss + (parameter - prior_mean).square().sum() / 2
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        self.x = x
+        self.weights = torch.cholesky_solve(y, self.cholesky(x)).detach()
+
+    def forward(self, observations: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
+        """The mean of f: (seeds, batch, ...) -> (seeds, batch, 1)."""
+        return self.kernel(self.inputs(observations, actions), self.x) @ self.weights
 
 
 # --- IQL (Kostrikov et al. 2022) ---
@@ -525,7 +525,9 @@ def critic_backward(agent: Agent, batch: Transitions, args: Args):
 
 
 def update(agent: Agent, data: Transitions, generator: torch.Generator, args: Args) -> dict:
-    """V, then the actor and Q, which both use the updated V; then the targets."""
+    """V, then the actor and Q, which both use the updated V; then the targets.
+
+    V and Q do not depend on the actor: it could as well be trained after them."""
     batch = sample(data, args.batch_size, generator)
     q = target_q(agent, batch)
 
@@ -644,7 +646,7 @@ def load_dataset(env_id: str | None = None, dataset_path: Path | None = None) ->
     if dataset_path:
         dataset_path = Path(dataset_path)
         name = env_id or dataset_path.stem
-        env, ref_min, ref_max = find_task(env_id)
+        env, ref_min, ref_max = find_simulator(env_id)
         columns = read_hdf5(dataset_path, follow_d4rl=False)
     elif env_id is None or env_id in SHA256:
         name = env_id or BUNDLED
@@ -665,7 +667,7 @@ def load_dataset(env_id: str | None = None, dataset_path: Path | None = None) ->
     return Dataset(**columns, env=env, ref_min=ref_min, ref_max=ref_max, name=name)
 
 
-def find_task(env_id: str | None) -> tuple[str | None, float, float]:
+def find_simulator(env_id: str | None) -> tuple[str | None, float, float]:
     """Simulator and reference returns of one's own file, by a D4RL name or a Gymnasium id."""
     no_references = (env_id, np.nan, np.nan)
     if env_id is None or env_id in gym.registry:
@@ -736,7 +738,7 @@ def read_hdf5(path: Path, follow_d4rl: bool) -> dict[str, np.ndarray]:
 
 def find_transitions(arrays: dict, terminals, timeouts, follow_d4rl: bool) -> np.ndarray:
     """The rows that are whole transitions, (rows,), bool."""
-    has_next = ~timeouts  # after a timeout comes another episode; after a terminal nothing counts
+    has_next = ~timeouts  # after one, as after a terminal, the next row is another episode's
     has_next[-1:] = False
     if follow_d4rl:  # drops the last row and all timeouts, and so does every published score
         return has_next
@@ -776,14 +778,13 @@ def check_layout(path: Path, columns: dict[str, h5py.Dataset]) -> None:
         else:
             fits = column.shape[1:] in ((), (1,)) and column.ndim > 0
         require(fits, f"{path} has wrong shapes: {key} is {column.shape}")
-        # A damaged file may declare terabytes: refuse tables far larger than what is stored. Single
-        # columns need no check: they must be as long.
-        declared = math.prod(column.shape) * column.dtype.itemsize
-        held = 0 if column.external else column.id.get_storage_size()
-        if column.chunks:  # perhaps compressed: count what is there, not its bytes
-            held = column.id.get_num_chunks() * math.prod(column.chunks) * column.dtype.itemsize
-        is_held = not is_table or declared <= held + 1_000_000
-        require(is_held, f"{path}: {key} declares {len(column):,} rows, more than the file holds")
+        # HDF5 would read rows that were never written as zeros, terabytes in a damaged file.
+        is_written = column.id.get_space_status() == h5py.h5d.SPACE_STATUS_ALLOCATED
+        is_held = is_written and not column.external  # the length of another file is not checked
+        require(
+            is_held or not is_table or len(column) == 0,
+            f"{path}: {key} declares {len(column):,} rows, more than the file holds",
+        )
     lengths = {key: len(column) for key, column in columns.items()}
     require(len(set(lengths.values())) == 1, f"{path} has columns of different lengths: {lengths}")
     if "next_observations" in columns:
@@ -978,7 +979,9 @@ def make_policies(actor: MLP, task: Task) -> list[Policy]:
 
 
 def run_episode(policy: Policy, env_spec, seed: int, stopped: list) -> float | None:
-    """Return of one deterministic episode; None once `stopped` has a signal (no worker's has)."""
+    """Return of one deterministic episode; None if a signal stops it.
+
+    `stopped` is the list of signals_caught(); a worker process has a copy that stays empty."""
     env = make_env(env_spec)
     observation, _ = env.reset(seed=seed)
     episode_return = 0.0
@@ -1029,6 +1032,7 @@ def finish_evaluation(pending: list, scores: list, task: Task, run_dir, tracker)
     """Wait for the evaluation under way, if there is one; write, show and track its scores."""
     if not pending:
         return
+    metric = metric_of(task)
     rows = []
     for updates_done, seed, futures in pending:
         returns = [future.result() for future in futures]
@@ -1036,13 +1040,12 @@ def finish_evaluation(pending: list, scores: list, task: Task, run_dir, tracker)
             return
         mean_return = float(np.mean(returns))
         score = math.nan
-        if metric_of(task) == "score":
+        if metric == "score":
             score = 100 * (mean_return - task.ref_min) / (task.ref_max - task.ref_min)
         rows.append({"update": updates_done, "seed": seed, "return": mean_return, "score": score})
     pending.clear()
     scores.extend(rows)
     write_csv(run_dir / "scores.csv", scores)
-    metric = metric_of(task)
     values = [row[metric] for row in rows]
     mean, std = np.mean(values), np.std(values)
     tqdm.write(f"update {rows[0]['update']:>9,}   {metric} {mean:.1f} ± {std:.1f}")
@@ -1103,9 +1106,6 @@ def make_run_dir(run_dir: Path | None, name: str) -> Path:
     """`run_dir`, or a new folder in runs/ that no other run has."""
     if run_dir:
         run_dir.mkdir(parents=True, exist_ok=True)
-        if (run_dir / "config.json").exists():  # a run's, which may have been killed while writing
-            for path in run_dir.glob("*.tmp"):
-                path.unlink()
         return run_dir
     run_dir = Path("runs") / f"{name.replace('/', '-')}__{int(time.time())}"
     run_dir.parent.mkdir(exist_ok=True)
@@ -1294,7 +1294,7 @@ def compiled(function):
 
 compiled.on = False  # set_speed() decides
 
-# The functions where the time goes. From here on these names stand for the wrapped versions.
+# The functions where the time goes. Every call, those above too, finds the wrapped version.
 gather = compiled(gather)
 reward_backward = compiled(reward_backward)
 target_q = compiled(target_q)
@@ -1304,7 +1304,7 @@ critic_backward = compiled(critic_backward)
 
 
 def repeat(step, generators: list[torch.Generator], recorded: bool):
-    """Each next() makes one step and yields what it returns; `recorded`, by replaying a CUDA graph.
+    """Each next() calls step() and yields what it returns; if `recorded`, it replays a CUDA graph.
 
     A replay runs the hundred kernels of a step on the same memory in one launch. The generators
     that a step draws from are registered with the graph, which moves them on at each replay."""
@@ -1374,7 +1374,7 @@ def check_rewards(args: Args, dataset: Dataset, labeled: np.ndarray) -> None:
         )
     elif args.scale_rewards:
         rewards = agent_rewards(args.rewards, dataset, labeled, None)
-        reward_scale(rewards, labeled, dataset, args.rewards == "labeled")
+        reward_scale(rewards, labeled, dataset, args.rewards == "labeled")  # for its error alone
 
 
 def fingerprint(dataset: Dataset) -> str:
@@ -1554,7 +1554,7 @@ def main(args: Args) -> None:
 
 if __name__ == "__main__":
     for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # in a file, in any locale
+        if hasattr(stream, "reconfigure"):  # each line at once; ± in any locale
             stream.reconfigure(line_buffering=True, errors="replace")
     try:
         main(tyro.cli(Args, description=__doc__))

@@ -415,23 +415,6 @@ def test_a_run_killed_at_any_moment_is_resumed_to_the_bit(script, workers, momen
         assert not list(run_dir.glob("*.tmp")), "left by the killed process"
 
 
-@BOTH
-def test_what_a_killed_process_left_half_written_vanishes_at_the_next_start(script, monkeypatch):
-    options = "--num-updates 4 --eval-freq 2 --run-dir run"
-    train_own(script, options)
-    forget_result("run")
-    Path("run/policy_seed7.npz.tmp").touch()
-    leave, left = script.evaluations_left, []
-
-    def look(*arguments):
-        left.extend(Path("run").glob("*.tmp"))
-        return leave(*arguments)
-
-    monkeypatch.setattr(script, "evaluations_left", look)
-    train_own(script, f"{options} --resume")
-    assert not left
-
-
 def test_kill_9_leaves_no_worker_and_a_run_that_goes_on_to_the_bit():
     options = f"{OWN} --num-updates 120 --eval-freq 20 --num-seeds 2"
     train(td3bc_imputed, f"{options} --run-dir undisturbed")
