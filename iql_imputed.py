@@ -94,7 +94,7 @@ class Args:
     # Seeds and speed
 
     seed: int = 0  # the first seed
-    num_seeds: int = 1  # seeds trained at once: seed, seed + 1, ...
+    num_seeds: int = 1  # trained at once, counted from seed; run alone, one draws other batches
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto takes the GPU if there is one
     compile: Literal["auto", "on", "off"] = "auto"  # compile losses; auto: if that saves time
     matmul_precision: Literal["auto", "highest", "high", "medium"] = "auto"  # auto: fastest float32
@@ -131,7 +131,7 @@ class Dataset(NamedTuple):
     terminals: np.ndarray  # (N,), 1 = the task ended: no bootstrap
     episode_ids: np.ndarray  # (N,), int64, consecutive from 0
     # For evaluation only:
-    env: object  # a Gymnasium id or a MinariDataset, which holds one; None if there is no simulator
+    env: object  # a Gymnasium id, a MinariDataset, which can make its simulator, or None
     ref_min: float  # return of score 0; NaN: raw returns are reported
     ref_max: float  # return of score 100
     name: str
@@ -208,7 +208,9 @@ def split_labels(rewards: np.ndarray, fraction: float | None, seeds: range) -> n
 
 
 class RewardModel(nn.Module):
-    """f(s, a) of each seed in the rewards' own unit; the model within knows standardised ones."""
+    """f(s, a) of each seed in the rewards' own unit; self.model predicts standardised rewards.
+
+    `labeled` are the row numbers of each seed's labels, (seeds, labels), from split_labels()."""
 
     def __init__(self, dataset: Dataset, labeled: np.ndarray, generators, args):
         super().__init__()
@@ -223,7 +225,7 @@ class RewardModel(nn.Module):
         self.widths = [observations.shape[1], actions.shape[1]]
         mean, std = mean_and_std(observations)
         std = torch.maximum(std, (observations.amax(dim=0) - observations.amin(dim=0)) / 1000)
-        low, high = actions.amin(dim=0), actions.amax(dim=0)  # actions are brought to [-1, 1]
+        low, high = actions.amin(dim=0), actions.amax(dim=0)  # the log's, not a simulator's
         mean = torch.cat([mean, (low + high) / 2])
         std = torch.cat([std, (high - low) / 2])
         std[std == 0] = 1  # an input that never changes
@@ -263,13 +265,15 @@ def fit_reward_model(reward_model, dataset: Dataset, labeled, generators, args) 
     if isinstance(model, GaussianProcess):
         return model.fit(observations, actions, rewards)
 
-    settings = {"lr": args.reward_learning_rate, "fused": True, "capturable": True}  # CUDA graphs
+    settings = {"lr": args.reward_learning_rate, "fused": True}  # one kernel for all parameters
+    settings["capturable"] = True  # a CUDA graph may hold it
     optimizer = torch.optim.Adam(model.parameters(), **settings)
     num_seeds, num_labels = labeled.shape
     batch_size = min(args.reward_batch_size, num_labels)
     padded_length = math.ceil(num_labels / batch_size) * batch_size
     # Each next(steps) calls step(), or on a GPU replays a recording of it (`repeat`, under Speed).
-    # Neither takes arguments, so the rows of a batch are written into `rows`.
+    # Neither takes arguments, so the rows of a batch are written into `rows`. No generators: a
+    # step draws nothing.
     rows = torch.zeros(num_seeds, batch_size, dtype=torch.long, device=device)
 
     def step() -> None:
@@ -323,20 +327,22 @@ def imputation_quality(imputed: np.ndarray, dataset: Dataset, labeled: np.ndarra
         with warnings.catch_warnings(action="ignore", category=RuntimeWarning):
             quality["r2"].append(float(1 - np.mean(error**2) / np.var(true)))
             correlation = np.corrcoef(true_returns[whole], returns[whole])[0, 1]
+            quality["return_correlation"].append(float(correlation))
         quality["mse"].append(float(np.mean(error**2)))
         quality["mae"].append(float(np.mean(np.abs(error))))
-        quality["return_correlation"].append(float(correlation))
     return quality
 
 
 class GaussianProcess(nn.Module):
     """Bayesian linear regression plus a smooth function, for few labels; once per seed.
 
-    Equations are numbered as in Rasmussen & Williams (2006), Gaussian Processes for Machine
-    Learning. f(x) = b + sum_j w_j x_j + g(x) for x = (s, a), all three random before any label is
-    seen: a constant b ~ N(0, 1), slopes w_j ~ N(0, linear * r_j), a variance common to all inputs
-    times the relevance of each, and a smooth g (RBF kernel of variance smooth, a length l_j for
-    each input). Then f(x) and f(z) have the covariance k(x, z) =
+    Only for --reward-model gp; not of the paper. Equations are numbered as in Rasmussen & Williams
+    (2006), Gaussian Processes for Machine Learning.
+
+    f(x) = b + sum_j w_j x_j + g(x) for x = (s, a). All three are random before any label is seen:
+    a constant b ~ N(0, 1); slopes w_j ~ N(0, linear * r_j), where linear is common to all inputs
+    and r_j is the relevance of input j; and a smooth g (RBF kernel of variance smooth, a length
+    l_j for each input). Then f(x) and f(z) have the covariance k(x, z) =
         1 + linear * sum_j r_j x_j z_j + smooth * exp(-sum_j (x_j - z_j)^2 / (2 l_j^2)).
     After labels y = f(X) + N(0, noise), the mean of f is
         f(x) = k(x, X) @ weights  with  weights = (k(X, X) + noise I)^-1 y.    (2.25)
@@ -382,7 +388,7 @@ class GaussianProcess(nn.Module):
     def fit(self, observations, actions, rewards) -> None:
         """Find the parameters under which the labels are most plausible, then the weights."""
         x, y = self.inputs(observations, actions), rewards.double().unsqueeze(-1)
-        # Labels are in the order of the log: of more than 2,000, take evenly spaced ones.
+        # Labels are sorted by row: of more than self.x holds, take evenly spaced ones.
         taken = torch.linspace(0, x.shape[1] - 1, self.x.shape[1]).long()
         x, y = x[:, taken], y[:, taken]
         # Of these, 500 are enough to find the parameters.
@@ -443,7 +449,7 @@ class Agent:
             network.to(device)
         self.q1_target = deepcopy(self.q1)
         self.q2_target = deepcopy(self.q2)
-        settings = {"lr": args.learning_rate, "fused": True, "capturable": True}  # for CUDA graphs
+        settings = {"lr": args.learning_rate, "fused": True, "capturable": True}  # as above
         self.value_optimizer = torch.optim.Adam(self.value.parameters(), **settings)
         q_parameters = [*self.q1.parameters(), *self.q2.parameters()]
         self.q_optimizer = torch.optim.Adam(q_parameters, **settings)
@@ -452,7 +458,7 @@ class Agent:
 
 
 def init_orthogonal(network: MLP, generators: list[torch.Generator]) -> None:
-    """Orthogonal weights of gain sqrt(2) and zero biases, as the original's."""
+    """Orthogonal weights of gain sqrt(2), zero biases: the original's, not BatchedLinear's."""
     for layer in (network.layer1, network.layer2, network.layer3):
         nn.init.zeros_(layer.bias)
         for weight, generator in zip(layer.weight.data, generators):
@@ -549,7 +555,9 @@ def update(agent: Agent, data: Transitions, generator: torch.Generator, args: Ar
 
 
 def set_actor_rate(agent: Agent, updates_done: int, args: Args) -> None:
-    """Before each update: the actor's rate falls to 0 as a cosine; in place, for CUDA graphs."""
+    """main() calls it before each update: the rate falls to 0 as a cosine.
+
+    It is written into the tensor that the optimizer has, where a CUDA graph will find it."""
     cosine = math.cos(math.pi * updates_done / args.num_updates)
     agent.actor_optimizer.param_groups[0]["lr"].fill_(args.learning_rate * (1 + cosine) / 2)
 
@@ -568,6 +576,8 @@ def agent_rewards(kind: str, dataset: Dataset, labeled: np.ndarray, imputed) -> 
     if kind == "imputed":
         rewards[:] = imputed
     if kind == "oracle":
+        known = not np.isnan(dataset.rewards).any()
+        require(known, "--rewards oracle needs every reward, and some are NaN")
         rewards[:] = dataset.rewards
     if kind == "mean":
         rewards[:] = labels.mean(axis=1, dtype=np.float64, keepdims=True)
@@ -590,7 +600,8 @@ def reward_scale(rewards: np.ndarray, labeled: np.ndarray, dataset: Dataset, lab
         # Of all rows: the sum of the rewards. Of labels: their mean times the episode's length.
         returns = np.bincount(ids, seed_rewards[rows]) / counts * lengths[episodes]
         differ = np.ptp(returns) > 1e-6 * np.abs(returns).max()
-        require(differ, "all episode returns are equal: --scale-rewards has nothing to divide by")
+        hint = "--scale-rewards needs two episodes whose returns differ, or --no-scale-rewards"
+        require(differ, hint)
         scales.append([1000 / np.ptp(returns)])
     return np.float32(scales)
 
@@ -738,13 +749,13 @@ def read_hdf5(path: Path, follow_d4rl: bool) -> dict[str, np.ndarray]:
 
 def find_transitions(arrays: dict, terminals, timeouts, follow_d4rl: bool) -> np.ndarray:
     """The rows that are whole transitions, (rows,), bool."""
-    has_next = ~timeouts  # after one, as after a terminal, the next row is another episode's
+    has_next = ~timeouts  # after a timeout, the next row belongs to another episode
     has_next[-1:] = False
     if follow_d4rl:  # drops the last row and all timeouts, and so does every published score
         return has_next
     if "next_observations" in arrays:
         return np.ones_like(has_next)
-    return has_next | terminals  # what follows a terminal row is multiplied by 0
+    return has_next | terminals  # a terminal row's next observation is multiplied by 0
 
 
 def read_columns(path: Path) -> dict[str, np.ndarray]:
@@ -780,7 +791,7 @@ def check_layout(path: Path, columns: dict[str, h5py.Dataset]) -> None:
         require(fits, f"{path} has wrong shapes: {key} is {column.shape}")
         # HDF5 would read rows that were never written as zeros, terabytes in a damaged file.
         is_written = column.id.get_space_status() == h5py.h5d.SPACE_STATUS_ALLOCATED
-        is_held = is_written and not column.external  # the length of another file is not checked
+        is_held = is_written and not column.external  # in another file, perhaps a shorter one
         require(
             is_held or not is_table or len(column) == 0,
             f"{path}: {key} declares {len(column):,} rows, more than the file holds",
@@ -833,10 +844,11 @@ def report_dropped(path: Path, rewards: np.ndarray, is_kept: np.ndarray) -> None
 def load_minari(env_id: str) -> tuple[minari.MinariDataset, dict[str, np.ndarray]]:
     """A Minari dataset, downloaded if it is not there, and the columns of Dataset."""
     try:
-        names = [*SHA256] if "/" in env_id else [*SHA256, *minari.list_local_datasets()]
-        nearest = ", ".join(difflib.get_close_matches(env_id, names, cutoff=0))
-        hint = f"nearest: {nearest}; remote Minari ids have a slash"
-        require("/" in env_id or env_id in names, f"unknown --env-id {env_id}; {hint}")
+        if "/" not in env_id:  # not a remote one
+            names = [*SHA256, *minari.list_local_datasets()]
+            nearest = ", ".join(difflib.get_close_matches(env_id, names, cutoff=0))
+            hint = f"nearest: {nearest}; remote Minari ids have a slash"
+            require(env_id in names, f"unknown --env-id {env_id}; {hint}")
         dataset = minari.load_dataset(env_id, download=True)
         return dataset, read_minari(dataset)
     except UserError:
@@ -912,13 +924,13 @@ def make_task(dataset: Dataset, eval_env_id: str | None) -> Task:
     middle, _ = middle_and_half(task)
     try:
         observation, _ = env.reset(seed=100)
-        shapes = [np.shape(observation)]
+        returned = [np.shape(observation)]
         observation, reward, _, _, _ = env.step(middle.astype(task.low.dtype))
-        shapes += [np.shape(observation), np.shape(float(reward))]
+        returned += [np.shape(observation), np.shape(float(reward))]
     except Exception as error:  # whatever another's environment raises
         raise UserError(f"{env.spec.id} fails in reset or step: {error!r}") from error
     expected = [env.observation_space.shape, env.observation_space.shape, ()]
-    require(shapes == expected, f"{env.spec.id} returns shapes {shapes}, not {expected}")
+    require(returned == expected, f"{env.spec.id} returns shapes {returned}, not {expected}")
     env.close()
     return task
 
@@ -937,7 +949,7 @@ def make_env(source: str | gym.envs.registration.EnvSpec | minari.MinariDataset)
 
 
 def middle_and_half(task: Task) -> tuple[np.ndarray, np.ndarray]:
-    """Of the range of each action; half of it is 1 where there is no range."""
+    """Middle and half-width of each action's range; half-width 1 where there is no range."""
     low, high = task.low.astype(np.float64), task.high.astype(np.float64)
     half = (high - low) / 2
     return (high + low) / 2, np.where(half > 0, half, 1.0)
@@ -950,8 +962,9 @@ def scale_actions(actions: np.ndarray, task: Task) -> np.ndarray:
 
 
 class Policy(dict):
-    """One seed's actor in numpy, to save and to use anywhere: observations, (obs_dim,) or
-    (n, obs_dim), -> actions."""
+    """One seed's actor in numpy, a dict of its arrays, to save and to use anywhere.
+
+    Call it with observations, (obs_dim,) or (n, obs_dim); it returns actions."""
 
     def __call__(self, observations: np.ndarray) -> np.ndarray:
         x = (np.float32(observations) - self["mean"]) / self["std"]
@@ -999,7 +1012,7 @@ def run_episode(policy: Policy, env_spec, seed: int, stopped: list) -> float | N
 def make_workers(num_workers: int) -> Executor:
     if num_workers == 0:
         return ThreadPoolExecutor(1)  # so that there are futures to wait for in either case
-    os.environ["OMP_NUM_THREADS"] = "1"  # of a worker; this process has read its own
+    os.environ["OMP_NUM_THREADS"] = "1"  # for workers, which read it when they start
     return ProcessPoolExecutor(num_workers, get_context("spawn"), init_worker)
 
 
@@ -1029,7 +1042,9 @@ def start_evaluation(workers: Executor, agent, task: Task, updates_done, args, s
 
 
 def finish_evaluation(pending: list, scores: list, task: Task, run_dir, tracker) -> None:
-    """Wait for the evaluation under way, if there is one; write, show and track its scores."""
+    """Wait for the evaluation under way, if there is one; write, show and track its scores.
+
+    Empties `pending`, extends `scores`."""
     if not pending:
         return
     metric = metric_of(task)
@@ -1136,7 +1151,7 @@ FREE_TO_CHANGE += ("compile", "cuda_graph")
 
 
 def write_checkpoint(path: Path, checkpoint: dict) -> None:
-    content = io.BytesIO()  # torch.save hides what is wrong with a disk
+    content = io.BytesIO()  # torch.save to a file would hide what is wrong with a disk
     torch.save(checkpoint, content)
     with replacing(path) as file:
         file.write(content.getbuffer())
@@ -1233,7 +1248,7 @@ def choose_device(name: str) -> torch.device:
     if name == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
     torch.cuda.set_stream(torch.cuda.Stream())  # nothing can be recorded on the default stream
-    warnings.filterwarnings("ignore", ".*capturable=True.*")  # the first updates are not recorded
+    warnings.filterwarnings("ignore", ".*capturable=True.*")  # Adam's, of updates not recorded
     return torch.device("cuda")
 
 
@@ -1243,7 +1258,7 @@ def choose_precision(name: str, device: torch.device, resumed: dict | None) -> s
         return name
     # On x86, medium hands products to oneDNN, often the faster library, which rounds them to
     # bfloat16 only where the processor has AMX.
-    cpu = torch.cpu.get_capabilities()
+    cpu = torch.cpu.get_capabilities()  # where it does not say, it may have AMX
     may_round = cpu.get("amx_bf16", True) or cpu.get("architecture") != "x86_64"
     fastest = "medium" if device.type == "cpu" and not may_round else "highest"
     before = resumed["config"]["matmul_precision"] if resumed else fastest
@@ -1360,23 +1375,6 @@ def check_common_arguments(args) -> None:
     require(not no_gpu, "--device cuda: there is no usable GPU here")
 
 
-def check_rewards(args: Args, dataset: Dataset, labeled: np.ndarray) -> None:
-    """What can be wrong with the rewards, before a reward model is fitted."""
-    if args.rewards == "oracle":
-        known = not np.isnan(dataset.rewards).any()
-        require(known, "--rewards oracle needs every reward, and some are NaN")
-    if args.rewards == "imputed":
-        check_labels(dataset, labeled)
-        one_episode = dataset.episode_ids[-1] == 0
-        require(
-            not (args.scale_rewards and one_episode),
-            "--scale-rewards needs the returns of two episodes, and the dataset is a single one",
-        )
-    elif args.scale_rewards:
-        rewards = agent_rewards(args.rewards, dataset, labeled, None)
-        reward_scale(rewards, labeled, dataset, args.rewards == "labeled")  # for its error alone
-
-
 def fingerprint(dataset: Dataset) -> str:
     """Of what a run is trained on: a resumed run must find the same."""
     digest = hashlib.sha256()
@@ -1460,17 +1458,12 @@ def main(args: Args) -> None:
     dataset = load_dataset(args.env_id, args.dataset_path)
     task = make_task(dataset, args.eval_env_id)
     labeled = split_labels(dataset.rewards, args.label_fraction, seeds)
-    check_rewards(args, dataset, labeled)
     resumed = read_checkpoint(args.run_dir, device) if args.resume else None
     config = make_config(args, dataset, device, resumed)
     if args.resume and (args.run_dir / "result.json").exists():
         return print(f"{args.run_dir} holds a finished run: see its result.json and scores.csv")
     print_header(dataset, labeled, task, config)
     set_speed(config["matmul_precision"], config["compile"])
-    name = f"{dataset.name}__iql_imputed__{args.rewards}__{args.seed}"
-    run_dir = make_run_dir(args.run_dir, name)
-    tracker = start_tracking(run_dir, config, resumed) if args.track else None
-    write_config(run_dir, config, args.resume)
 
     # 2. What stands for the hidden rewards: the reward model's predictions (Eq. 4, Eq. 5).
     reward_model = imputed = quality = None
@@ -1501,6 +1494,10 @@ def main(args: Args) -> None:
 
     # 4. Training. A checkpoint stands before every evaluation; a signal stops between two updates.
     # With workers, an evaluation runs during the next updates, and is collected after them.
+    name = f"{dataset.name}__iql_imputed__{args.rewards}__{args.seed}"
+    run_dir = make_run_dir(args.run_dir, name)
+    tracker = start_tracking(run_dir, config, resumed) if args.track else None
+    write_config(run_dir, config, args.resume)
     is_recorded = args.cuda_graph and device.type == "cuda"
     steps = repeat(lambda: update(agent, data, generator, args), [generator], is_recorded)
     progress = tqdm(total=args.num_updates, initial=updates_done, unit="update", disable=None)

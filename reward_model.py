@@ -109,7 +109,7 @@ class Dataset(NamedTuple):
     terminals: np.ndarray  # (N,), 1 = the task ended: no bootstrap
     episode_ids: np.ndarray  # (N,), int64, consecutive from 0
     # For evaluation only:
-    env: object  # a Gymnasium id or a MinariDataset, which holds one; None if there is no simulator
+    env: object  # a Gymnasium id, a MinariDataset, which can make its simulator, or None
     ref_min: float  # return of score 0; NaN: raw returns are reported
     ref_max: float  # return of score 100
     name: str
@@ -186,7 +186,9 @@ def split_labels(rewards: np.ndarray, fraction: float | None, seeds: range) -> n
 
 
 class RewardModel(nn.Module):
-    """f(s, a) of each seed in the rewards' own unit; the model within knows standardised ones."""
+    """f(s, a) of each seed in the rewards' own unit; self.model predicts standardised rewards.
+
+    `labeled` are the row numbers of each seed's labels, (seeds, labels), from split_labels()."""
 
     def __init__(self, dataset: Dataset, labeled: np.ndarray, generators, args):
         super().__init__()
@@ -201,7 +203,7 @@ class RewardModel(nn.Module):
         self.widths = [observations.shape[1], actions.shape[1]]
         mean, std = mean_and_std(observations)
         std = torch.maximum(std, (observations.amax(dim=0) - observations.amin(dim=0)) / 1000)
-        low, high = actions.amin(dim=0), actions.amax(dim=0)  # actions are brought to [-1, 1]
+        low, high = actions.amin(dim=0), actions.amax(dim=0)  # the log's, not a simulator's
         mean = torch.cat([mean, (low + high) / 2])
         std = torch.cat([std, (high - low) / 2])
         std[std == 0] = 1  # an input that never changes
@@ -241,13 +243,15 @@ def fit_reward_model(reward_model, dataset: Dataset, labeled, generators, args) 
     if isinstance(model, GaussianProcess):
         return model.fit(observations, actions, rewards)
 
-    settings = {"lr": args.reward_learning_rate, "fused": True, "capturable": True}  # CUDA graphs
+    settings = {"lr": args.reward_learning_rate, "fused": True}  # one kernel for all parameters
+    settings["capturable"] = True  # a CUDA graph may hold it
     optimizer = torch.optim.Adam(model.parameters(), **settings)
     num_seeds, num_labels = labeled.shape
     batch_size = min(args.reward_batch_size, num_labels)
     padded_length = math.ceil(num_labels / batch_size) * batch_size
     # Each next(steps) calls step(), or on a GPU replays a recording of it (`repeat`, under Speed).
-    # Neither takes arguments, so the rows of a batch are written into `rows`.
+    # Neither takes arguments, so the rows of a batch are written into `rows`. No generators: a
+    # step draws nothing.
     rows = torch.zeros(num_seeds, batch_size, dtype=torch.long, device=device)
 
     def step() -> None:
@@ -301,20 +305,22 @@ def imputation_quality(imputed: np.ndarray, dataset: Dataset, labeled: np.ndarra
         with warnings.catch_warnings(action="ignore", category=RuntimeWarning):
             quality["r2"].append(float(1 - np.mean(error**2) / np.var(true)))
             correlation = np.corrcoef(true_returns[whole], returns[whole])[0, 1]
+            quality["return_correlation"].append(float(correlation))
         quality["mse"].append(float(np.mean(error**2)))
         quality["mae"].append(float(np.mean(np.abs(error))))
-        quality["return_correlation"].append(float(correlation))
     return quality
 
 
 class GaussianProcess(nn.Module):
     """Bayesian linear regression plus a smooth function, for few labels; once per seed.
 
-    Equations are numbered as in Rasmussen & Williams (2006), Gaussian Processes for Machine
-    Learning. f(x) = b + sum_j w_j x_j + g(x) for x = (s, a), all three random before any label is
-    seen: a constant b ~ N(0, 1), slopes w_j ~ N(0, linear * r_j), a variance common to all inputs
-    times the relevance of each, and a smooth g (RBF kernel of variance smooth, a length l_j for
-    each input). Then f(x) and f(z) have the covariance k(x, z) =
+    Only for --reward-model gp; not of the paper. Equations are numbered as in Rasmussen & Williams
+    (2006), Gaussian Processes for Machine Learning.
+
+    f(x) = b + sum_j w_j x_j + g(x) for x = (s, a). All three are random before any label is seen:
+    a constant b ~ N(0, 1); slopes w_j ~ N(0, linear * r_j), where linear is common to all inputs
+    and r_j is the relevance of input j; and a smooth g (RBF kernel of variance smooth, a length
+    l_j for each input). Then f(x) and f(z) have the covariance k(x, z) =
         1 + linear * sum_j r_j x_j z_j + smooth * exp(-sum_j (x_j - z_j)^2 / (2 l_j^2)).
     After labels y = f(X) + N(0, noise), the mean of f is
         f(x) = k(x, X) @ weights  with  weights = (k(X, X) + noise I)^-1 y.    (2.25)
@@ -360,7 +366,7 @@ class GaussianProcess(nn.Module):
     def fit(self, observations, actions, rewards) -> None:
         """Find the parameters under which the labels are most plausible, then the weights."""
         x, y = self.inputs(observations, actions), rewards.double().unsqueeze(-1)
-        # Labels are in the order of the log: of more than 2,000, take evenly spaced ones.
+        # Labels are sorted by row: of more than self.x holds, take evenly spaced ones.
         taken = torch.linspace(0, x.shape[1] - 1, self.x.shape[1]).long()
         x, y = x[:, taken], y[:, taken]
         # Of these, 500 are enough to find the parameters.
@@ -715,13 +721,13 @@ def read_hdf5(path: Path, follow_d4rl: bool) -> dict[str, np.ndarray]:
 
 def find_transitions(arrays: dict, terminals, timeouts, follow_d4rl: bool) -> np.ndarray:
     """The rows that are whole transitions, (rows,), bool."""
-    has_next = ~timeouts  # after one, as after a terminal, the next row is another episode's
+    has_next = ~timeouts  # after a timeout, the next row belongs to another episode
     has_next[-1:] = False
     if follow_d4rl:  # drops the last row and all timeouts, and so does every published score
         return has_next
     if "next_observations" in arrays:
         return np.ones_like(has_next)
-    return has_next | terminals  # what follows a terminal row is multiplied by 0
+    return has_next | terminals  # a terminal row's next observation is multiplied by 0
 
 
 def read_columns(path: Path) -> dict[str, np.ndarray]:
@@ -757,7 +763,7 @@ def check_layout(path: Path, columns: dict[str, h5py.Dataset]) -> None:
         require(fits, f"{path} has wrong shapes: {key} is {column.shape}")
         # HDF5 would read rows that were never written as zeros, terabytes in a damaged file.
         is_written = column.id.get_space_status() == h5py.h5d.SPACE_STATUS_ALLOCATED
-        is_held = is_written and not column.external  # the length of another file is not checked
+        is_held = is_written and not column.external  # in another file, perhaps a shorter one
         require(
             is_held or not is_table or len(column) == 0,
             f"{path}: {key} declares {len(column):,} rows, more than the file holds",
@@ -810,10 +816,11 @@ def report_dropped(path: Path, rewards: np.ndarray, is_kept: np.ndarray) -> None
 def load_minari(env_id: str) -> tuple[minari.MinariDataset, dict[str, np.ndarray]]:
     """A Minari dataset, downloaded if it is not there, and the columns of Dataset."""
     try:
-        names = [*SHA256] if "/" in env_id else [*SHA256, *minari.list_local_datasets()]
-        nearest = ", ".join(difflib.get_close_matches(env_id, names, cutoff=0))
-        hint = f"nearest: {nearest}; remote Minari ids have a slash"
-        require("/" in env_id or env_id in names, f"unknown --env-id {env_id}; {hint}")
+        if "/" not in env_id:  # not a remote one
+            names = [*SHA256, *minari.list_local_datasets()]
+            nearest = ", ".join(difflib.get_close_matches(env_id, names, cutoff=0))
+            hint = f"nearest: {nearest}; remote Minari ids have a slash"
+            require(env_id in names, f"unknown --env-id {env_id}; {hint}")
         dataset = minari.load_dataset(env_id, download=True)
         return dataset, read_minari(dataset)
     except UserError:
@@ -1017,7 +1024,7 @@ def choose_device(name: str) -> torch.device:
     if name == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
     torch.cuda.set_stream(torch.cuda.Stream())  # nothing can be recorded on the default stream
-    warnings.filterwarnings("ignore", ".*capturable=True.*")  # the first updates are not recorded
+    warnings.filterwarnings("ignore", ".*capturable=True.*")  # Adam's, of updates not recorded
     return torch.device("cuda")
 
 
@@ -1027,7 +1034,7 @@ def choose_precision(name: str, device: torch.device, resumed: dict | None) -> s
         return name
     # On x86, medium hands products to oneDNN, often the faster library, which rounds them to
     # bfloat16 only where the processor has AMX.
-    cpu = torch.cpu.get_capabilities()
+    cpu = torch.cpu.get_capabilities()  # where it does not say, it may have AMX
     may_round = cpu.get("amx_bf16", True) or cpu.get("architecture") != "x86_64"
     fastest = "medium" if device.type == "cpu" and not may_round else "highest"
     before = resumed["config"]["matmul_precision"] if resumed else fastest

@@ -229,17 +229,9 @@ def test_of_labels_alone_a_return_is_the_mean_of_an_episodes_labels_times_its_le
     np.testing.assert_allclose(scale, [[1000 / (second - first)]], rtol=1e-6)
 
 
-def test_equal_returns_are_refused_before_anything_is_fitted():
-    dataset = make_dataset(rewards=[1, 2, 2, 1], episode_ids=[0, 0, 1, 1])
-    args = script.Args(rewards="oracle")
-    with pytest.raises(script.UserError, match="returns are equal"):
-        script.check_rewards(args, dataset, np.array([[0, 1]]))
-
-
-def test_a_single_episode_is_refused_before_anything_is_fitted():
-    dataset = make_dataset(rewards=[1, 2, 2, 1], episode_ids=[0, 0, 0, 0])
-    labeled = np.array([[0, 1]])
-    with pytest.raises(script.UserError, match="a single one"):
-        script.check_rewards(script.Args(), dataset, labeled)
-    unscaled = script.Args(scale_rewards=False)
-    script.check_rewards(unscaled, dataset, labeled)
+@pytest.mark.parametrize("episode_ids", [[0, 0, 1, 1], [0, 0, 0, 0]], ids=["equal", "single"])
+def test_returns_that_do_not_differ_are_refused(episode_ids):
+    rewards = np.float32([[1, 2, 2, 1]])
+    dataset = make_dataset(rewards=rewards[0], episode_ids=episode_ids)
+    with pytest.raises(script.UserError, match="two episodes whose returns differ"):
+        script.reward_scale(rewards, np.array([[0, 1]]), dataset, labeled_only=False)
