@@ -422,9 +422,12 @@ def print_labels(runs, datasets, fractions, numbers):
     for dataset in datasets:
         oracle = runs.get((dataset, "td3bc oracle 1"))
         for fraction in fractions:
+            models = ("imputed", "imputed-gp")
+            found = [runs.get((dataset, f"td3bc {rewards} {fraction}")) for rewards in models]
+            if not any(found):
+                continue
             row = [dataset, percent(fraction), str(numbers.get((dataset, fraction), ""))]
-            for rewards in ("imputed", "imputed-gp"):
-                run = runs.get((dataset, f"td3bc {rewards} {fraction}"))
+            for run in found:
                 row.append(with_std(run.scores) if run else "")
                 row.append(f"{np.mean(r2(run)):.3f}" if run else "")
             row.append(with_std(oracle.scores) if oracle else "")
@@ -667,19 +670,21 @@ def draw_labels(runs, datasets, fractions, numbers, path):
         if oracle:
             mean = np.mean(oracle.scores)
             above.axhline(mean, color=REWARD_COLORS["oracle"], label="true rewards")
+        ticks = set()
         # Side by side, so that no error bar hides another.
         for rewards, label, shift in (("imputed", "MLP", 0.96), ("imputed-gp", "GP", 1.04)):
             found = [runs.get((dataset, f"td3bc {rewards} {fraction}")) for fraction in fractions]
             found = [run for run in found if run]
-            x = [shift * numbers[dataset, run.setting.split()[2]] for run in found]
+            counts = [numbers[dataset, run.setting.split()[2]] for run in found]
+            ticks.update(counts)
+            x = [shift * count for count in counts]
             style = {"color": REWARD_COLORS[rewards], "label": label, "marker": "o", "capsize": 3}
             draw_points(above, x, [run.scores for run in found], style)
             draw_points(below, x, [r2(run) for run in found], style)
         above.set(title=dataset, ylabel=f"TD3+BC's {metric(runs)}", xscale="log")
         above.set_ylim(bottom=min(0, above.get_ylim()[0]))
         below.set(xlabel="labels", ylabel="R² of hidden rewards", ylim=(-0.05, 1.05))
-        ticks = sorted({numbers[dataset, fraction] for fraction in fractions})
-        below.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
+        below.set_xticks(list(ticks), [f"{tick:,}" for tick in ticks])
         below.minorticks_off()
     add_legend(figure, ncols=3)
     save(figure, path)

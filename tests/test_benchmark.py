@@ -432,13 +432,14 @@ def test_labels_counts_them_and_gives_score_and_r2_of_both_models(report, tmp_pa
     make_run(tmp_path, "hopper-own__td3bc__imputed__0.1", [4.0, 6.0], **path, **mlp)
     gp = {"reward_model": {"r2": [0.9, 0.8]}}
     make_run(tmp_path, "hopper-own__td3bc__imputed-gp__0.01", [7.0, 7.0], **path, **gp)
-    output = report("labels", DATASETS=data, FRACTIONS="0.1 0.01")
+    output = report("labels", DATASETS=data, FRACTIONS="0.1 0.01 0.001")
     few = find_row(output, "hopper-own", "1%")
     assert few["labels"] == "4" and few["true rewards: score"] == "21.0 ± 1.0"
     assert few["MLP: score"] == "4.0 ± 1.0" and few["MLP: R²"] == "0.500"
     assert few["GP: score"] == "7.0 ± 0.0" and few["GP: R²"] == "0.850"
     many = find_row(output, "hopper-own", "10%")
     assert many["labels"] == "40" and many["MLP: score"] == "5.0 ± 1.0" and many["GP: R²"] == ""
+    assert "| 0.1% |" not in output, "no run of that fraction"
     assert "missing: runs/benchmark/hopper-own__td3bc__imputed-gp__0.1" in output
     assert Path("results/labels.png").exists()
 
