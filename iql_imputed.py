@@ -991,10 +991,23 @@ def make_policies(actor: MLP, task: Task) -> list[Policy]:
     return policies
 
 
-def run_episode(policy: Policy, env_spec, seed: int, stopped: list) -> float | None:
-    """Return of one deterministic episode; None if a signal stops it.
+def write_policies(actor: MLP, task: Task, seeds: range, run_dir: Path) -> list[Path]:
+    """Each seed's actor as it is now, in policy_seed{k}.npz."""
+    paths = []
+    for seed, policy in zip(seeds, make_policies(actor, task)):
+        path = run_dir / f"policy_seed{seed}.npz"
+        with replacing(path) as file:
+            np.savez(file, **policy)
+        paths.append(path)
+    return paths
+
+
+def run_episode(path: Path, env_spec, seed: int, stopped: list) -> float | None:
+    """Return of one deterministic episode of a policy's file; None if a signal stops it.
 
     `stopped` is the list of signals_caught(); a worker process has a copy that stays empty."""
+    with np.load(path) as arrays:
+        policy = Policy(arrays)
     env = make_env(env_spec)
     observation, _ = env.reset(seed=seed)
     episode_return = 0.0
@@ -1028,14 +1041,15 @@ def init_worker() -> None:
     threading.Thread(target=follow_parent, daemon=True).start()
 
 
-def start_evaluation(workers: Executor, agent, task: Task, updates_done, args, stopped) -> list:
-    """Evaluate each seed's actor as it is now: (update, seed, the futures of its episodes)."""
+def start_evaluation(workers: Executor, policies, task: Task, updates_done, args, stopped) -> list:
+    """Evaluate each seed's policy, by its path: (update, seed, the futures of its episodes)."""
     if task.env_spec is None:
         return []
     pending = []
-    for k, policy in enumerate(make_policies(agent.actor, task)):
-        # The same start states for every seed, and at every evaluation.
-        jobs = [(policy, task.env_spec, 100 + i, stopped) for i in range(args.eval_episodes)]
+    for k, path in enumerate(policies):
+        # The same start states for every seed, and at every evaluation. Of the policy goes but its
+        # path: if a worker dies while a long message is sent to it, Python 3.11.2 hangs.
+        jobs = [(path, task.env_spec, 100 + i, stopped) for i in range(args.eval_episodes)]
         futures = [workers.submit(run_episode, *job) for job in jobs]
         pending.append((updates_done, args.seed + k, futures))
     return pending
@@ -1517,6 +1531,7 @@ def main(args: Args) -> None:
                     log_losses(tracker, updates_done, losses, updates_per_second())
             # The evaluation before this one: its scores belong in the checkpoint.
             finish_evaluation(pending, scores, task, run_dir, tracker)
+            policies = write_policies(agent.actor, task, seeds, run_dir)
             checkpoint = {
                 "config": config,
                 "num_updates": updates_done,
@@ -1528,7 +1543,7 @@ def main(args: Args) -> None:
             }
             write_checkpoint(run_dir / "checkpoint.pt", checkpoint)
             if not stopped:
-                pending = start_evaluation(workers, agent, task, updates_done, args, stopped)
+                pending = start_evaluation(workers, policies, task, updates_done, args, stopped)
             if args.eval_workers == 0:  # nobody evaluates beside the training: wait
                 finish_evaluation(pending, scores, task, run_dir, tracker)
             if stopped:
@@ -1540,9 +1555,6 @@ def main(args: Args) -> None:
         leave(stopped[0], updates_done, run_dir, args)
 
     # 5. The result: the last evaluation, never the best.
-    for seed, policy in zip(seeds, make_policies(agent.actor, task)):
-        with replacing(run_dir / f"policy_seed{seed}.npz") as file:
-            np.savez(file, **policy)
     timing = {"preparation_seconds": ready - started, "updates_per_second": updates_per_second()}
     write_result(run_dir, scores, task, config, quality, timing)
     if tracker:

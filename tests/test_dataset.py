@@ -709,8 +709,8 @@ NUMBERS = 1, True, np.float32(1), np.array(1.0), torch.tensor(1.0)
 def test_what_numpy_takes_for_vectors_and_numbers_will_do(register, observation, reward):
     register(**returning(observation, reward))
     task = script.make_task(load(wide_rows(), "Own-v0"), None)
-    policy = make_policy(task, 0)
-    assert script.run_episode(policy, task.env_spec, 100, []) == 1
+    np.savez("policy.npz", **make_policy(task, 0))
+    assert script.run_episode(Path("policy.npz"), task.env_spec, 100, []) == 1
 
 
 @pytest.mark.parametrize("env_id", ["NoSuch-v0", "no_such_package:Env-v0", "a:b:c", "x/", ""])
