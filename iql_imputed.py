@@ -731,6 +731,8 @@ def read_hdf5(path: Path, follow_d4rl: bool) -> dict[str, np.ndarray]:
     next_observations = np.append(arrays["observations"][1:], arrays["observations"][-1:], axis=0)
     if not follow_d4rl:
         next_observations = arrays.get("next_observations", next_observations)
+        if "timeouts" not in arrays:
+            print("timeouts      none: episodes end where terminals or next_observations say so")
         report_dropped(path, arrays["rewards"], is_kept)
 
     ends = terminals | timeouts
@@ -760,9 +762,12 @@ def find_transitions(arrays: dict, terminals, timeouts, follow_d4rl: bool) -> np
 
 def read_columns(path: Path) -> dict[str, np.ndarray]:
     """Every known column of the file, float32, all of the same length."""
+    require(path.exists(), f"{path}: there is no such file")
     keys = ["observations", "actions", "rewards", "terminals"]
     try:
         with h5py.File(path, "r") as file:
+            missing = [key for key in keys if key not in file]
+            require(not missing, f"{path} has no {', '.join(missing)}, but {', '.join(file)}")
             keys += [key for key in ("timeouts", "next_observations") if key in file]
             columns = {key: file[key] for key in keys}
             check_layout(path, columns)
@@ -1412,7 +1417,7 @@ def make_config(args: Args, dataset: Dataset, device: torch.device, resumed: dic
 
 def describe_quality(quality: dict | None) -> str:
     if quality is None:
-        return "no hidden reward is known"
+        return "not judged, since no hidden reward is known"
     means = [f"{name} {np.mean(values):.4f}" for name, values in quality.items()]
     return ", ".join(means) + " on the hidden rewards"
 

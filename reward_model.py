@@ -703,6 +703,8 @@ def read_hdf5(path: Path, follow_d4rl: bool) -> dict[str, np.ndarray]:
     next_observations = np.append(arrays["observations"][1:], arrays["observations"][-1:], axis=0)
     if not follow_d4rl:
         next_observations = arrays.get("next_observations", next_observations)
+        if "timeouts" not in arrays:
+            print("timeouts      none: episodes end where terminals or next_observations say so")
         report_dropped(path, arrays["rewards"], is_kept)
 
     ends = terminals | timeouts
@@ -732,9 +734,12 @@ def find_transitions(arrays: dict, terminals, timeouts, follow_d4rl: bool) -> np
 
 def read_columns(path: Path) -> dict[str, np.ndarray]:
     """Every known column of the file, float32, all of the same length."""
+    require(path.exists(), f"{path}: there is no such file")
     keys = ["observations", "actions", "rewards", "terminals"]
     try:
         with h5py.File(path, "r") as file:
+            missing = [key for key in keys if key not in file]
+            require(not missing, f"{path} has no {', '.join(missing)}, but {', '.join(file)}")
             keys += [key for key in ("timeouts", "next_observations") if key in file]
             columns = {key: file[key] for key in keys}
             check_layout(path, columns)
@@ -888,7 +893,10 @@ def complete_rows(source: Path, follow_d4rl: bool, reward_model, dataset, labele
     every_row = dataset._replace(**{name: arrays[name] for name in names})
     completed = impute_rewards(reward_model, every_row, labeled[:, :0])[0]
     completed[is_kept] = rewards[0]
-    completed[is_label] = arrays["rewards"][is_label]
+    with h5py.File(source) as file:
+        exact = file["rewards"][()].reshape(-1)  # labels stay as they are, also in float64
+    completed = completed.astype(np.result_type(exact, np.float32))
+    completed[is_label] = exact[is_label]
     return {"rewards": completed, "labeled": is_label}
 
 
@@ -1173,7 +1181,8 @@ def main(args: Args) -> None:
     fitted_to, judged_on = labeled, "the hidden rewards"
     if labeled.shape[1] == num_known:  # nothing is hidden
         fitted_to = hold_out(labeled, seeds)
-        judged_on = "20% of the labels, held out; the model written is then fitted to all labels"
+        num_held_out = labeled.shape[1] - fitted_to.shape[1]
+        judged_on = f"{num_held_out:,} labels, held out; the model written is then fitted to all"
     num_rows = len(dataset.rewards)
     print(f"dataset       {dataset.name}: {num_rows:,} transitions, {num_episodes:,} episodes")
     print(
@@ -1200,7 +1209,7 @@ def main(args: Args) -> None:
     if args.reward_model == "gp":
         calibration = calibrate(reward_model, chosen, dataset, fitted_to)
         inside = f"{calibration['inside']:.1%}"
-        print(f"calibration   {inside} of the hidden rewards are within ± 2 std (should be 95%)")
+        print(f"calibration   {inside} of those rewards are within ± 2 std (should be 95%)")
     figure = report_figure(dataset, args.reward_model, chosen, fitted_to, quality, calibration)
     save_picture(run_dir / "report.png", figure)
     result = {"num_labels": labeled.shape[1], "judged_on": judged_on, "quality": quality}
@@ -1227,7 +1236,8 @@ def main(args: Args) -> None:
         columns = complete_rows(source, follow_d4rl, reward_model, dataset, labeled, rewards)
         notes = {"quality": quality, "judged_on": judged_on, "settings": asdict(args)}
         write_hdf5(source, args.output_path, columns, notes)
-        print(f"written       {args.output_path}: {labeled.shape[1]:,} labels, all else imputed")
+        num_labels = np.count_nonzero(columns["labeled"])
+        print(f"written       {args.output_path}: {num_labels:,} labels, all else imputed")
     if args.output_minari_id:
         write_minari(args, dataset, labeled, rewards)
         print(

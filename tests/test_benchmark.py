@@ -197,7 +197,10 @@ def test_an_interrupted_run_stops_and_goes_on_when_repeated(stand_in, tmp_path):
     (tmp_path / "slow").touch()
     environment = os.environ | {name: str(value) for name, value in stand_in.items()}
     command = ["bash", SCRIPT, "run", "bundled"]
+    # As in a terminal: what was started with & ignores Ctrl-C, and so would its children.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     process = subprocess.Popen(command, env=environment, start_new_session=True)
+    signal.signal(signal.SIGINT, before)
     while not (tmp_path / "calls").exists():
         time.sleep(0.05)
     time.sleep(0.3)
