@@ -553,7 +553,7 @@ def hanging(tmp_path_factory):
 def test_output_arrives_line_by_line_in_any_locale_through_a_link_and_without_git(hanging):
     _, folder = hanging
     lines = (folder / "output").read_text("ascii").splitlines()
-    expected = ["dataset", "rewards", "evaluation", "speed", "reward model", "update"]
+    expected = ["timeouts", "dataset", "rewards", "evaluation", "speed", "reward model", "update"]
     assert [line[:13].rstrip("2 ") for line in lines] == expected
 
 
