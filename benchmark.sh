@@ -684,7 +684,7 @@ def draw_labels(runs, datasets, fractions, numbers, path):
         above.set(title=dataset, ylabel=f"TD3+BC's {metric(runs)}", xscale="log")
         above.set_ylim(bottom=min(0, above.get_ylim()[0]))
         below.set(xlabel="labels", ylabel="R² of hidden rewards", ylim=(-0.05, 1.05))
-        below.set_xticks(list(ticks), [f"{tick:,}" for tick in ticks])
+        below.set_xticks(list(ticks), [f"{tick:,}" for tick in ticks], fontsize="small")
         below.minorticks_off()
     add_legend(figure, ncols=3)
     save(figure, path)
