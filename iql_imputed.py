@@ -94,9 +94,9 @@ class Args:
     # Seeds and speed
 
     seed: int = 0  # the first seed
-    num_seeds: int = 1  # trained at once, counted from seed; run alone, one draws other batches
+    num_seeds: int = 1  # trained at once: seed, seed + 1, ...; batches depend on this number
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto takes the GPU if there is one
-    compile: Literal["auto", "on", "off"] = "auto"  # compile losses; auto: if that saves time
+    compile: Literal["auto", "on", "off"] = "auto"  # what takes the time; auto: if that pays
     matmul_precision: Literal["auto", "highest", "high", "medium"] = "auto"  # auto: fastest float32
     cuda_graph: bool = True  # on a GPU, record an update as a CUDA graph and replay it
 
@@ -122,15 +122,15 @@ def require(condition: bool, message: str) -> None:
 
 # --- Networks, and the data they learn from ---
 class Dataset(NamedTuple):
-    """N transitions in episode order, and where a policy trained on them can be evaluated."""
+    """N transitions in the log's order, and where a policy trained on them can be evaluated."""
 
     observations: np.ndarray  # (N, obs_dim), float32
     actions: np.ndarray  # (N, act_dim), float32, in the log's own units
-    rewards: np.ndarray  # (N,), NaN where nobody labelled
-    next_observations: np.ndarray  # (N, obs_dim)
-    terminals: np.ndarray  # (N,), 1 = the task ended: no bootstrap
+    rewards: np.ndarray  # (N,), float32, NaN where nobody labelled
+    next_observations: np.ndarray  # (N, obs_dim), float32
+    terminals: np.ndarray  # (N,), float32, 1 = the task ended: no bootstrap
     episode_ids: np.ndarray  # (N,), int64, consecutive from 0
-    # For evaluation only:
+    # Where to evaluate; a simulator also gives the bounds from which actions are scaled.
     env: object  # a Gymnasium id, a MinariDataset, which can make its simulator, or None
     ref_min: float  # return of score 0; NaN: raw returns are reported
     ref_max: float  # return of score 100
@@ -195,6 +195,11 @@ def gather(tensors: list | tuple, rows: torch.Tensor) -> list[torch.Tensor]:
     return [tensor[seed_index, rows] for tensor in tensors]
 
 
+def make_adam(parameters, learning_rate: float | torch.Tensor) -> torch.optim.Adam:
+    """Fused: one kernel for all parameters. Capturable: a CUDA graph, if any, may hold it."""
+    return torch.optim.Adam(parameters, lr=learning_rate, fused=True, capturable=True)
+
+
 # --- Reward model (Romeo & Bagdanov 2024) ---
 def split_labels(rewards: np.ndarray, fraction: float | None, seeds: range) -> np.ndarray:
     """Draw the transitions whose reward each seed may see: their row numbers, (seeds, labels)."""
@@ -225,7 +230,8 @@ class RewardModel(nn.Module):
         self.widths = [observations.shape[1], actions.shape[1]]
         mean, std = mean_and_std(observations)
         std = torch.maximum(std, (observations.amax(dim=0) - observations.amin(dim=0)) / 1000)
-        low, high = actions.amin(dim=0), actions.amax(dim=0)  # the log's, not a simulator's
+        # Actions by their range in the log: there may be no simulator that knows their bounds.
+        low, high = actions.amin(dim=0), actions.amax(dim=0)
         mean = torch.cat([mean, (low + high) / 2])
         std = torch.cat([std, (high - low) / 2])
         std[std == 0] = 1  # an input that never changes
@@ -247,7 +253,7 @@ def check_labels(dataset: Dataset, labeled: np.ndarray) -> None:
     require(differ, f"a seed's {labeled.shape[1]} labelled rewards are all equal: label more")
 
 
-# A loss and its backward() stand in one function, so that --compile compiles both together.
+# A loss and its backward() are one function, since `compiled` (under Speed) wraps it as a whole.
 def reward_backward(model: MLP, observations, actions, rewards) -> None:
     """Eq. 4 of each seed, and its gradients."""
     loss = (model(observations, actions).squeeze(-1) - rewards).square().mean(dim=1)  # (seeds,)
@@ -265,15 +271,12 @@ def fit_reward_model(reward_model, dataset: Dataset, labeled, generators, args) 
     if isinstance(model, GaussianProcess):
         return model.fit(observations, actions, rewards)
 
-    settings = {"lr": args.reward_learning_rate, "fused": True}  # one kernel for all parameters
-    settings["capturable"] = True  # a CUDA graph may hold it
-    optimizer = torch.optim.Adam(model.parameters(), **settings)
+    optimizer = make_adam(model.parameters(), args.reward_learning_rate)
     num_seeds, num_labels = labeled.shape
     batch_size = min(args.reward_batch_size, num_labels)
     padded_length = math.ceil(num_labels / batch_size) * batch_size
     # Each next(steps) calls step(), or on a GPU replays a recording of it (`repeat`, under Speed).
-    # Neither takes arguments, so the rows of a batch are written into `rows`. No generators: a
-    # step draws nothing.
+    # Neither takes arguments, so the rows of a batch are written into `rows`.
     rows = torch.zeros(num_seeds, batch_size, dtype=torch.long, device=device)
 
     def step() -> None:
@@ -282,7 +285,8 @@ def fit_reward_model(reward_model, dataset: Dataset, labeled, generators, args) 
         reward_backward(model, *batch)
         optimizer.step()
 
-    steps = repeat(step, generators=[], recorded=args.cuda_graph and device.type == "cuda")
+    is_recorded = args.cuda_graph and device.type == "cuda"
+    steps = repeat(step, [], is_recorded)  # a step draws nothing: no generators
     for _ in tqdm(range(args.reward_epochs), "reward model", leave=False, disable=None):
         order = torch.stack([torch.randperm(num_labels, generator=g) for g in generators])
         # All batches are of one size: the last one is filled up with labels of the first.
@@ -429,7 +433,7 @@ class Transitions(NamedTuple):
 class Agent:
     """Networks of all seeds; as in the original, they see observations as they are.
 
-    Every attribute is part of a checkpoint."""
+    A checkpoint holds the state_dict() of every attribute."""
 
     def __init__(self, data: Transitions, generators: list[torch.Generator], args: Args):
         device, num_seeds = data.observations.device, len(generators)
@@ -449,12 +453,12 @@ class Agent:
             network.to(device)
         self.q1_target = deepcopy(self.q1)
         self.q2_target = deepcopy(self.q2)
-        settings = {"lr": args.learning_rate, "fused": True, "capturable": True}  # as above
-        self.value_optimizer = torch.optim.Adam(self.value.parameters(), **settings)
         q_parameters = [*self.q1.parameters(), *self.q2.parameters()]
-        self.q_optimizer = torch.optim.Adam(q_parameters, **settings)
-        settings["lr"] = torch.tensor(args.learning_rate, device=device)  # a tensor: it will change
-        self.actor_optimizer = torch.optim.Adam(self.actor.parameters(), **settings)
+        self.q_optimizer = make_adam(q_parameters, args.learning_rate)
+        self.value_optimizer = make_adam(self.value.parameters(), args.learning_rate)
+        # The actor's rate is a tensor, since set_actor_rate() will change it.
+        actor_rate = torch.tensor(args.learning_rate, device=device)
+        self.actor_optimizer = make_adam(self.actor.parameters(), actor_rate)
 
 
 def init_orthogonal(network: MLP, generators: list[torch.Generator]) -> None:
@@ -466,7 +470,7 @@ def init_orthogonal(network: MLP, generators: list[torch.Generator]) -> None:
 
 
 def sample(data: Transitions, batch_size: int, generator: torch.Generator) -> Transitions:
-    """`batch_size` transitions of each seed, drawn uniformly with replacement."""
+    """Draw a batch for each seed, uniformly with replacement; one generator serves all seeds."""
     num_seeds, num_rows = data.rewards.shape
     size, device = (num_seeds, batch_size), generator.device
     rows = torch.randint(num_rows, size, generator=generator, device=device)
@@ -482,7 +486,9 @@ def target_q(agent: Agent, batch: Transitions) -> torch.Tensor:
 
 
 def value_loss(agent: Agent, batch: Transitions, q: torch.Tensor, args: Args) -> torch.Tensor:
-    """Eq. 5 of IQL: expectile regression of V(s) on Q(s, a), larger Q counting more; (seeds,)."""
+    """Eq. 5 of IQL: expectile regression of V(s) on Q(s, a), (seeds,).
+
+    A squared error where Q > V weighs `expectile`, one where Q < V 1 - `expectile`."""
     advantage = q - agent.value(batch.observations).squeeze(-1)
     weight = torch.where(advantage > 0, args.expectile, 1 - args.expectile)
     return (weight * advantage.square()).mean(dim=1)
@@ -531,9 +537,7 @@ def critic_backward(agent: Agent, batch: Transitions, args: Args):
 
 
 def update(agent: Agent, data: Transitions, generator: torch.Generator, args: Args) -> dict:
-    """V, then the actor and Q, which both use the updated V; then the targets.
-
-    V and Q do not depend on the actor: it could as well be trained after them."""
+    """V, then the actor and Q, which both use the updated V, then the targets; as the original."""
     batch = sample(data, args.batch_size, generator)
     q = target_q(agent, batch)
 
@@ -794,11 +798,13 @@ def check_layout(path: Path, columns: dict[str, h5py.Dataset]) -> None:
         else:
             fits = column.shape[1:] in ((), (1,)) and column.ndim > 0
         require(fits, f"{path} has wrong shapes: {key} is {column.shape}")
-        # HDF5 would read rows that were never written as zeros, terabytes in a damaged file.
+        # HDF5 reads rows that were never written, or lie in another file (external) which is
+        # shorter, as zeros: terabytes of them in a damaged file. A column may have such rows, of
+        # NaN rewards or flags that nobody set.
         is_written = column.id.get_space_status() == h5py.h5d.SPACE_STATUS_ALLOCATED
-        is_held = is_written and not column.external  # in another file, perhaps a shorter one
+        is_held = (is_written and not column.external) or len(column) == 0
         require(
-            is_held or not is_table or len(column) == 0,
+            is_held or not is_table,
             f"{path}: {key} declares {len(column):,} rows, more than the file holds",
         )
     lengths = {key: len(column) for key, column in columns.items()}
@@ -1046,14 +1052,15 @@ def init_worker() -> None:
     threading.Thread(target=follow_parent, daemon=True).start()
 
 
-def start_evaluation(workers: Executor, policies, task: Task, updates_done, args, stopped) -> list:
-    """Evaluate each seed's policy, by its path: (update, seed, the futures of its episodes)."""
+def start_evaluation(workers: Executor, paths, task: Task, updates_done, args, stopped) -> list:
+    """Evaluate each seed's policy: a list of (update, seed, the futures of its episodes).
+
+    A worker is sent the policy's path only: Python 3.11.2 hangs if it dies in a long message."""
     if task.env_spec is None:
         return []
     pending = []
-    for k, path in enumerate(policies):
-        # The same start states for every seed, and at every evaluation. Of the policy goes but its
-        # path: if a worker dies while a long message is sent to it, Python 3.11.2 hangs.
+    for k, path in enumerate(paths):
+        # The same start states for every seed, and at every evaluation.
         jobs = [(path, task.env_spec, 100 + i, stopped) for i in range(args.eval_episodes)]
         futures = [workers.submit(run_episode, *job) for job in jobs]
         pending.append((updates_done, args.seed + k, futures))
@@ -1063,7 +1070,7 @@ def start_evaluation(workers: Executor, policies, task: Task, updates_done, args
 def finish_evaluation(pending: list, scores: list, task: Task, run_dir, tracker) -> None:
     """Wait for the evaluation under way, if there is one; write, show and track its scores.
 
-    Empties `pending`, extends `scores`."""
+    Empties `pending` and extends `scores`, unless a signal stopped the evaluation."""
     if not pending:
         return
     metric = metric_of(task)
@@ -1094,7 +1101,8 @@ def metric_of(task: Task) -> str:
 
 def evaluations_left(args, task: Task, updates_done: int, scores: list) -> list[int]:
     """The updates at which the agent is still to be evaluated: every eval_freq, and at the end."""
-    # A checkpoint is written before its own evaluation (main, 4): a resumed run makes that first.
+    # From the last score on, not from `updates_done`: a checkpoint is written before its own
+    # evaluation, so a resumed run may have that one still to make.
     done = scores[-1]["update"] if scores else 0
     if task.env_spec is None:  # nothing to evaluate: these are the times of checkpoints
         done = updates_done
@@ -1154,12 +1162,7 @@ def make_run_dir(run_dir: Path | None, name: str) -> Path:
 def write_config(run_dir: Path, config: dict, resume: bool) -> None:
     """config.json marks the directory as that of a run; two new runs cannot both make it."""
     if not resume:
-        try:
-            open(run_dir / "config.json", "x").close()
-        except FileExistsError as error:
-            raise UserError(
-                f"{run_dir} already holds a run: --resume, or another --run-dir"
-            ) from error
+        open(run_dir / "config.json", "x").close()  # FileExistsError: another began meanwhile
     write_json(run_dir / "config.json", config)
 
 
@@ -1170,7 +1173,7 @@ FREE_TO_CHANGE += ("compile", "cuda_graph")
 
 
 def write_checkpoint(path: Path, checkpoint: dict) -> None:
-    content = io.BytesIO()  # torch.save to a file would hide what is wrong with a disk
+    content = io.BytesIO()  # on a full disk, torch.save to a file raises no OSError
     torch.save(checkpoint, content)
     with replacing(path) as file:
         file.write(content.getbuffer())
@@ -1280,16 +1283,19 @@ def choose_precision(name: str, device: torch.device, resumed: dict | None) -> s
     cpu = torch.cpu.get_capabilities()  # where it does not say, it may have AMX
     may_round = cpu.get("amx_bf16", True) or cpu.get("architecture") != "x86_64"
     fastest = "medium" if device.type == "cpu" and not may_round else "highest"
-    before = resumed["config"]["matmul_precision"] if resumed else fastest
+    if resumed is None:
+        return fastest
+    before = resumed["config"]["matmul_precision"]
     require(
         before in ("highest", fastest),  # highest is float32 anywhere
-        f"the run began with --matmul-precision {before}, less than float32 here: give it",
+        f"the run began with --matmul-precision {before}, which is less than float32 on this "
+        "machine: give that option to go on all the same",
     )
     return before
 
 
 def choose_compile(choice: str, num_updates: int) -> bool:
-    """Whether to compile: it took 22 s on two cores, won back after 10,000 to 20,000 updates."""
+    """Whether to compile: 22 s on two cores, which 10,000 to 20,000 updates win back."""
     compiler = shutil.which(os.environ.get("CXX", "g++"))
     pays = num_updates >= 25_000 and compiler is not None
     return choice == "on" or (choice == "auto" and pays)
@@ -1409,7 +1415,8 @@ def make_config(args: Args, dataset: Dataset, device: torch.device, resumed: dic
     config["matmul_precision"] = choose_precision(args.matmul_precision, device, resumed)
     config["compile"] = choose_compile(args.compile, args.num_updates)
     config["dataset"] = fingerprint(dataset)
-    config = json.loads(json.dumps(config, default=str))  # as in the checkpoint, to compare
+    # Paths become text: the checkpoint, which this is compared with, can hold no Path.
+    config = json.loads(json.dumps(config, default=str))
     if resumed:
         check_same_run(args.run_dir, resumed["config"], config)
     return config
@@ -1534,9 +1541,10 @@ def main(args: Args) -> None:
                 progress.update(1)
                 if tracker and updates_done % args.log_freq == 0:
                     log_losses(tracker, updates_done, losses, updates_per_second())
-            # The evaluation before this one: its scores belong in the checkpoint.
+            # First the evaluation before this one: its scores belong in the checkpoint, and its
+            # policies are about to be overwritten.
             finish_evaluation(pending, scores, task, run_dir, tracker)
-            policies = write_policies(agent.actor, task, seeds, run_dir)
+            paths = write_policies(agent.actor, task, seeds, run_dir)
             checkpoint = {
                 "config": config,
                 "num_updates": updates_done,
@@ -1547,12 +1555,11 @@ def main(args: Args) -> None:
                 "track_id": tracker.id if tracker else None,
             }
             write_checkpoint(run_dir / "checkpoint.pt", checkpoint)
-            if not stopped:
-                pending = start_evaluation(workers, policies, task, updates_done, args, stopped)
-            if args.eval_workers == 0:  # nobody evaluates beside the training: wait
-                finish_evaluation(pending, scores, task, run_dir, tracker)
             if stopped:
                 break
+            pending = start_evaluation(workers, paths, task, updates_done, args, stopped)
+            if args.eval_workers == 0:  # nobody evaluates beside the training: wait
+                finish_evaluation(pending, scores, task, run_dir, tracker)
         # With workers, the last one.
         finish_evaluation(pending, scores, task, run_dir, tracker)
     progress.close()

@@ -76,7 +76,7 @@ class Args:
     seed: int = 0  # the first seed
     num_seeds: int = 1  # seeds fitted at once, each to labels of its own: seed, seed + 1, ...
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto takes the GPU if there is one
-    compile: Literal["auto", "on", "off"] = "auto"  # compile losses; auto: if that saves time
+    compile: Literal["auto", "on", "off"] = "auto"  # what takes the time; auto: if that pays
     matmul_precision: Literal["auto", "highest", "high", "medium"] = "auto"  # auto: fastest float32
     cuda_graph: bool = True  # on a GPU, record an update as a CUDA graph and replay it
 
@@ -100,15 +100,15 @@ def require(condition: bool, message: str) -> None:
 
 # --- Networks, and the data they learn from ---
 class Dataset(NamedTuple):
-    """N transitions in episode order, and where a policy trained on them can be evaluated."""
+    """N transitions in the log's order, and where a policy trained on them can be evaluated."""
 
     observations: np.ndarray  # (N, obs_dim), float32
     actions: np.ndarray  # (N, act_dim), float32, in the log's own units
-    rewards: np.ndarray  # (N,), NaN where nobody labelled
-    next_observations: np.ndarray  # (N, obs_dim)
-    terminals: np.ndarray  # (N,), 1 = the task ended: no bootstrap
+    rewards: np.ndarray  # (N,), float32, NaN where nobody labelled
+    next_observations: np.ndarray  # (N, obs_dim), float32
+    terminals: np.ndarray  # (N,), float32, 1 = the task ended: no bootstrap
     episode_ids: np.ndarray  # (N,), int64, consecutive from 0
-    # For evaluation only:
+    # Where to evaluate; a simulator also gives the bounds from which actions are scaled.
     env: object  # a Gymnasium id, a MinariDataset, which can make its simulator, or None
     ref_min: float  # return of score 0; NaN: raw returns are reported
     ref_max: float  # return of score 100
@@ -173,6 +173,11 @@ def gather(tensors: list | tuple, rows: torch.Tensor) -> list[torch.Tensor]:
     return [tensor[seed_index, rows] for tensor in tensors]
 
 
+def make_adam(parameters, learning_rate: float | torch.Tensor) -> torch.optim.Adam:
+    """Fused: one kernel for all parameters. Capturable: a CUDA graph, if any, may hold it."""
+    return torch.optim.Adam(parameters, lr=learning_rate, fused=True, capturable=True)
+
+
 # --- Reward model (Romeo & Bagdanov 2024) ---
 def split_labels(rewards: np.ndarray, fraction: float | None, seeds: range) -> np.ndarray:
     """Draw the transitions whose reward each seed may see: their row numbers, (seeds, labels)."""
@@ -203,7 +208,8 @@ class RewardModel(nn.Module):
         self.widths = [observations.shape[1], actions.shape[1]]
         mean, std = mean_and_std(observations)
         std = torch.maximum(std, (observations.amax(dim=0) - observations.amin(dim=0)) / 1000)
-        low, high = actions.amin(dim=0), actions.amax(dim=0)  # the log's, not a simulator's
+        # Actions by their range in the log: there may be no simulator that knows their bounds.
+        low, high = actions.amin(dim=0), actions.amax(dim=0)
         mean = torch.cat([mean, (low + high) / 2])
         std = torch.cat([std, (high - low) / 2])
         std[std == 0] = 1  # an input that never changes
@@ -225,7 +231,7 @@ def check_labels(dataset: Dataset, labeled: np.ndarray) -> None:
     require(differ, f"a seed's {labeled.shape[1]} labelled rewards are all equal: label more")
 
 
-# A loss and its backward() stand in one function, so that --compile compiles both together.
+# A loss and its backward() are one function, since `compiled` (under Speed) wraps it as a whole.
 def reward_backward(model: MLP, observations, actions, rewards) -> None:
     """Eq. 4 of each seed, and its gradients."""
     loss = (model(observations, actions).squeeze(-1) - rewards).square().mean(dim=1)  # (seeds,)
@@ -243,15 +249,12 @@ def fit_reward_model(reward_model, dataset: Dataset, labeled, generators, args) 
     if isinstance(model, GaussianProcess):
         return model.fit(observations, actions, rewards)
 
-    settings = {"lr": args.reward_learning_rate, "fused": True}  # one kernel for all parameters
-    settings["capturable"] = True  # a CUDA graph may hold it
-    optimizer = torch.optim.Adam(model.parameters(), **settings)
+    optimizer = make_adam(model.parameters(), args.reward_learning_rate)
     num_seeds, num_labels = labeled.shape
     batch_size = min(args.reward_batch_size, num_labels)
     padded_length = math.ceil(num_labels / batch_size) * batch_size
     # Each next(steps) calls step(), or on a GPU replays a recording of it (`repeat`, under Speed).
-    # Neither takes arguments, so the rows of a batch are written into `rows`. No generators: a
-    # step draws nothing.
+    # Neither takes arguments, so the rows of a batch are written into `rows`.
     rows = torch.zeros(num_seeds, batch_size, dtype=torch.long, device=device)
 
     def step() -> None:
@@ -260,7 +263,8 @@ def fit_reward_model(reward_model, dataset: Dataset, labeled, generators, args) 
         reward_backward(model, *batch)
         optimizer.step()
 
-    steps = repeat(step, generators=[], recorded=args.cuda_graph and device.type == "cuda")
+    is_recorded = args.cuda_graph and device.type == "cuda"
+    steps = repeat(step, [], is_recorded)  # a step draws nothing: no generators
     for _ in tqdm(range(args.reward_epochs), "reward model", leave=False, disable=None):
         order = torch.stack([torch.randperm(num_labels, generator=g) for g in generators])
         # All batches are of one size: the last one is filled up with labels of the first.
@@ -766,11 +770,13 @@ def check_layout(path: Path, columns: dict[str, h5py.Dataset]) -> None:
         else:
             fits = column.shape[1:] in ((), (1,)) and column.ndim > 0
         require(fits, f"{path} has wrong shapes: {key} is {column.shape}")
-        # HDF5 would read rows that were never written as zeros, terabytes in a damaged file.
+        # HDF5 reads rows that were never written, or lie in another file (external) which is
+        # shorter, as zeros: terabytes of them in a damaged file. A column may have such rows, of
+        # NaN rewards or flags that nobody set.
         is_written = column.id.get_space_status() == h5py.h5d.SPACE_STATUS_ALLOCATED
-        is_held = is_written and not column.external  # in another file, perhaps a shorter one
+        is_held = (is_written and not column.external) or len(column) == 0
         require(
-            is_held or not is_table or len(column) == 0,
+            is_held or not is_table,
             f"{path}: {key} declares {len(column):,} rows, more than the file holds",
         )
     lengths = {key: len(column) for key, column in columns.items()}
@@ -1017,12 +1023,7 @@ def make_run_dir(run_dir: Path | None, name: str) -> Path:
 def write_config(run_dir: Path, config: dict, resume: bool) -> None:
     """config.json marks the directory as that of a run; two new runs cannot both make it."""
     if not resume:
-        try:
-            open(run_dir / "config.json", "x").close()
-        except FileExistsError as error:
-            raise UserError(
-                f"{run_dir} already holds a run: --resume, or another --run-dir"
-            ) from error
+        open(run_dir / "config.json", "x").close()  # FileExistsError: another began meanwhile
     write_json(run_dir / "config.json", config)
 
 
@@ -1045,16 +1046,19 @@ def choose_precision(name: str, device: torch.device, resumed: dict | None) -> s
     cpu = torch.cpu.get_capabilities()  # where it does not say, it may have AMX
     may_round = cpu.get("amx_bf16", True) or cpu.get("architecture") != "x86_64"
     fastest = "medium" if device.type == "cpu" and not may_round else "highest"
-    before = resumed["config"]["matmul_precision"] if resumed else fastest
+    if resumed is None:
+        return fastest
+    before = resumed["config"]["matmul_precision"]
     require(
         before in ("highest", fastest),  # highest is float32 anywhere
-        f"the run began with --matmul-precision {before}, less than float32 here: give it",
+        f"the run began with --matmul-precision {before}, which is less than float32 on this "
+        "machine: give that option to go on all the same",
     )
     return before
 
 
 def choose_compile(choice: str, num_updates: int) -> bool:
-    """Whether to compile: it took 22 s on two cores, won back after 10,000 to 20,000 updates."""
+    """Whether to compile: 22 s on two cores, which 10,000 to 20,000 updates win back."""
     compiler = shutil.which(os.environ.get("CXX", "g++"))
     pays = num_updates >= 25_000 and compiler is not None
     return choice == "on" or (choice == "auto" and pays)

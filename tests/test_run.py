@@ -333,7 +333,7 @@ def test_of_two_runs_with_the_same_run_dir_one_is_refused(monkeypatch):
         return run_dir
 
     monkeypatch.setattr(td3bc_imputed, "make_run_dir", make_too_late)
-    with pytest.raises(td3bc_imputed.UserError, match="run already holds a run"):
+    with pytest.raises(FileExistsError, match="run/config.json"):
         train_own(td3bc_imputed, "--num-updates 2 --run-dir run")
     assert [path.name for path in Path("run").iterdir()] == ["config.json"]
     assert Path("run/config.json").read_text() == "of the other run"
