@@ -76,7 +76,7 @@ class Args:
     seed: int = 0  # the first seed
     num_seeds: int = 1  # seeds fitted at once, each to labels of its own: seed, seed + 1, ...
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto takes the GPU if there is one
-    compile: Literal["auto", "on", "off"] = "auto"  # what takes the time; auto: if that pays
+    compile: Literal["auto", "on", "off"] = "auto"  # compile what takes the time; auto: if it pays
     matmul_precision: Literal["auto", "highest", "high", "medium"] = "auto"  # auto: fastest float32
     cuda_graph: bool = True  # on a GPU, record an update as a CUDA graph and replay it
 
@@ -200,6 +200,7 @@ class RewardModel(nn.Module):
         check_labels(dataset, labeled)
         labels = torch.from_numpy(dataset.rewards[labeled])  # (seeds, labels)
         reward_mean, reward_std = mean_and_std(labels.T)  # (seeds,)
+        # These stay float64, and so f(s, a) is: no unit of the rewards costs digits.
         self.register_buffer("reward_mean", reward_mean.unsqueeze(1))
         self.register_buffer("reward_std", reward_std.unsqueeze(1))
         # Observations and actions are known without labels, so all of them normalise. The std of
@@ -315,11 +316,12 @@ def imputation_quality(imputed: np.ndarray, dataset: Dataset, labeled: np.ndarra
     return quality
 
 
+# --- Gaussian process: another reward model, for few labels (not of the paper) ---
 class GaussianProcess(nn.Module):
-    """Bayesian linear regression plus a smooth function, for few labels; once per seed.
+    """Bayesian linear regression plus a smooth function, once per seed, for --reward-model gp.
 
-    Only for --reward-model gp; not of the paper. Equations are numbered as in Rasmussen & Williams
-    (2006), Gaussian Processes for Machine Learning.
+    Equations are numbered as in Rasmussen & Williams (2006), Gaussian Processes for Machine
+    Learning.
 
     f(x) = b + sum_j w_j x_j + g(x) for x = (s, a). All three are random before any label is seen:
     a constant b ~ N(0, 1); slopes w_j ~ N(0, linear * r_j), where linear is common to all inputs
@@ -328,7 +330,8 @@ class GaussianProcess(nn.Module):
         1 + linear * sum_j r_j x_j z_j + smooth * exp(-sum_j (x_j - z_j)^2 / (2 l_j^2)).
     After labels y = f(X) + N(0, noise), the mean of f is
         f(x) = k(x, X) @ weights  with  weights = (k(X, X) + noise I)^-1 y.    (2.25)
-    The numbers noise, linear, r_j, smooth and l_j are found by fit()."""
+    The numbers noise, linear, r_j, smooth and l_j are found by fit(). (Labels tell linear * r_j
+    only; by the prior in fit(), a common factor is the cheaper way to change all slopes at once.)"""
 
     def __init__(self, mean, std, num_seeds: int, num_labels: int):
         super().__init__()
@@ -770,9 +773,9 @@ def check_layout(path: Path, columns: dict[str, h5py.Dataset]) -> None:
         else:
             fits = column.shape[1:] in ((), (1,)) and column.ndim > 0
         require(fits, f"{path} has wrong shapes: {key} is {column.shape}")
-        # HDF5 reads rows that were never written, or lie in another file (external) which is
-        # shorter, as zeros: terabytes of them in a damaged file. A column may have such rows, of
-        # NaN rewards or flags that nobody set.
+        # HDF5 reads rows that were never written, or lie in another file (external) that is too
+        # short, as zeros or NaN. Rewards and flags may be such rows, of which nobody set the value.
+        # Observations and actions may not: the file is damaged, and may declare terabytes.
         is_written = column.id.get_space_status() == h5py.h5d.SPACE_STATUS_ALLOCATED
         is_held = (is_written and not column.external) or len(column) == 0
         require(
@@ -1064,14 +1067,6 @@ def choose_compile(choice: str, num_updates: int) -> bool:
     return choice == "on" or (choice == "auto" and pays)
 
 
-def set_speed(precision: str, compiles: bool) -> None:
-    torch.set_float32_matmul_precision(precision)
-    compiled.on = compiles
-    if compiles:
-        torch._dynamo.config.trace_autograd_ops = True  # private: lets backward() be compiled
-        torch._dynamo.config.recompile_limit = 100  # private: for that many shapes in one process
-
-
 def compiled(function):
     """A version of the function that runs compiled while `compiled.on`: equal up to rounding.
 
@@ -1100,6 +1095,14 @@ compiled.on = False  # set_speed() decides
 # The functions where the time goes. Every call, those above too, finds the wrapped version.
 gather = compiled(gather)
 reward_backward = compiled(reward_backward)
+
+
+def set_speed(precision: str, compiles: bool) -> None:
+    torch.set_float32_matmul_precision(precision)
+    compiled.on = compiles
+    if compiles:
+        torch._dynamo.config.trace_autograd_ops = True  # private: lets backward() be compiled
+        torch._dynamo.config.recompile_limit = 100  # private: a sweep of labels has many shapes
 
 
 def repeat(step, generators: list[torch.Generator], recorded: bool):

@@ -98,7 +98,7 @@ class Args:
     seed: int = 0  # the first seed
     num_seeds: int = 1  # trained at once: seed, seed + 1, ...; batches depend on this number
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto takes the GPU if there is one
-    compile: Literal["auto", "on", "off"] = "auto"  # what takes the time; auto: if that pays
+    compile: Literal["auto", "on", "off"] = "auto"  # compile what takes the time; auto: if it pays
     matmul_precision: Literal["auto", "highest", "high", "medium"] = "auto"  # auto: fastest float32
     cuda_graph: bool = True  # on a GPU, record an update as a CUDA graph and replay it
 
@@ -224,6 +224,7 @@ class RewardModel(nn.Module):
         check_labels(dataset, labeled)
         labels = torch.from_numpy(dataset.rewards[labeled])  # (seeds, labels)
         reward_mean, reward_std = mean_and_std(labels.T)  # (seeds,)
+        # These stay float64, and so f(s, a) is: no unit of the rewards costs digits.
         self.register_buffer("reward_mean", reward_mean.unsqueeze(1))
         self.register_buffer("reward_std", reward_std.unsqueeze(1))
         # Observations and actions are known without labels, so all of them normalise. The std of
@@ -339,11 +340,12 @@ def imputation_quality(imputed: np.ndarray, dataset: Dataset, labeled: np.ndarra
     return quality
 
 
+# --- Gaussian process: another reward model, for few labels (not of the paper) ---
 class GaussianProcess(nn.Module):
-    """Bayesian linear regression plus a smooth function, for few labels; once per seed.
+    """Bayesian linear regression plus a smooth function, once per seed, for --reward-model gp.
 
-    Only for --reward-model gp; not of the paper. Equations are numbered as in Rasmussen & Williams
-    (2006), Gaussian Processes for Machine Learning.
+    Equations are numbered as in Rasmussen & Williams (2006), Gaussian Processes for Machine
+    Learning.
 
     f(x) = b + sum_j w_j x_j + g(x) for x = (s, a). All three are random before any label is seen:
     a constant b ~ N(0, 1); slopes w_j ~ N(0, linear * r_j), where linear is common to all inputs
@@ -352,7 +354,8 @@ class GaussianProcess(nn.Module):
         1 + linear * sum_j r_j x_j z_j + smooth * exp(-sum_j (x_j - z_j)^2 / (2 l_j^2)).
     After labels y = f(X) + N(0, noise), the mean of f is
         f(x) = k(x, X) @ weights  with  weights = (k(X, X) + noise I)^-1 y.    (2.25)
-    The numbers noise, linear, r_j, smooth and l_j are found by fit()."""
+    The numbers noise, linear, r_j, smooth and l_j are found by fit(). (Labels tell linear * r_j
+    only; by the prior in fit(), a common factor is the cheaper way to change all slopes at once.)"""
 
     def __init__(self, mean, std, num_seeds: int, num_labels: int):
         super().__init__()
@@ -756,9 +759,9 @@ def check_layout(path: Path, columns: dict[str, h5py.Dataset]) -> None:
         else:
             fits = column.shape[1:] in ((), (1,)) and column.ndim > 0
         require(fits, f"{path} has wrong shapes: {key} is {column.shape}")
-        # HDF5 reads rows that were never written, or lie in another file (external) which is
-        # shorter, as zeros: terabytes of them in a damaged file. A column may have such rows, of
-        # NaN rewards or flags that nobody set.
+        # HDF5 reads rows that were never written, or lie in another file (external) that is too
+        # short, as zeros or NaN. Rewards and flags may be such rows, of which nobody set the value.
+        # Observations and actions may not: the file is damaged, and may declare terabytes.
         is_written = column.id.get_space_status() == h5py.h5d.SPACE_STATUS_ALLOCATED
         is_held = (is_written and not column.external) or len(column) == 0
         require(
@@ -893,19 +896,19 @@ def make_task(dataset: Dataset, eval_env_id: str | None) -> Task:
     middle, _ = middle_and_half(task)
     try:
         observation, _ = env.reset(seed=100)
-        returned = [np.shape(observation)]
-        observation, reward, _, _, _ = env.step(middle.astype(task.low.dtype))
-        returned += [np.shape(observation), np.shape(float(reward))]
+        next_observation, reward, _, _, _ = env.step(middle.astype(task.low.dtype))
+        float(reward)  # raises if it is no number
     except Exception as error:  # whatever another's environment raises
         raise UserError(f"{env.spec.id} fails in reset or step: {error!r}") from error
-    expected = [env.observation_space.shape, env.observation_space.shape, ()]
+    returned = [np.shape(observation), np.shape(next_observation)]
+    expected = [env.observation_space.shape] * 2
     require(returned == expected, f"{env.spec.id} returns shapes {returned}, not {expected}")
     env.close()
     return task
 
 
 def make_env(source: str | gym.envs.registration.EnvSpec | minari.MinariDataset) -> gym.Env:
-    """A simulator to evaluate in, without warnings about its version."""
+    """A simulator to evaluate in, without the warnings of MuJoCo and Gymnasium."""
     mujoco.set_mju_user_warning(lambda message: None)
     gym.logger.min_level = gym.logger.ERROR  # -v4 is old, and what D4RL's scores compare with
     try:
@@ -974,7 +977,7 @@ def write_policies(actor: MLP, task: Task, seeds: range, run_dir: Path) -> list[
 def run_episode(path: Path, env_spec, seed: int, stopped: list) -> float | None:
     """Return of one deterministic episode of a policy's file; None if a signal stops it.
 
-    `stopped` is the list of signals_caught(); a worker process has a copy that stays empty."""
+    `stopped` is the list that signals_caught() fills; a worker's copy of it stays empty."""
     with np.load(path) as arrays:
         policy = Policy(arrays)
     env = make_env(env_spec)
@@ -1013,7 +1016,7 @@ def init_worker() -> None:
 def start_evaluation(workers: Executor, paths, task: Task, updates_done, args, stopped) -> list:
     """Evaluate each seed's policy: a list of (update, seed, the futures of its episodes).
 
-    A worker is sent the policy's path only: Python 3.11.2 hangs if it dies in a long message."""
+    Only the policy's path is sent: Python 3.11.2 hangs if a worker dies during a long message."""
     if task.env_spec is None:
         return []
     pending = []
@@ -1259,14 +1262,6 @@ def choose_compile(choice: str, num_updates: int) -> bool:
     return choice == "on" or (choice == "auto" and pays)
 
 
-def set_speed(precision: str, compiles: bool) -> None:
-    torch.set_float32_matmul_precision(precision)
-    compiled.on = compiles
-    if compiles:
-        torch._dynamo.config.trace_autograd_ops = True  # private: lets backward() be compiled
-        torch._dynamo.config.recompile_limit = 100  # private: for that many shapes in one process
-
-
 def compiled(function):
     """A version of the function that runs compiled while `compiled.on`: equal up to rounding.
 
@@ -1297,6 +1292,14 @@ gather = compiled(gather)
 reward_backward = compiled(reward_backward)
 critic_backward = compiled(critic_backward)
 actor_backward = compiled(actor_backward)
+
+
+def set_speed(precision: str, compiles: bool) -> None:
+    torch.set_float32_matmul_precision(precision)
+    compiled.on = compiles
+    if compiles:
+        torch._dynamo.config.trace_autograd_ops = True  # private: lets backward() be compiled
+        torch._dynamo.config.recompile_limit = 100  # private: a sweep of labels has many shapes
 
 
 def repeat(step, generators: list[torch.Generator], recorded: bool):

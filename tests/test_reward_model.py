@@ -380,7 +380,7 @@ def test_the_process_descends_the_negative_log_posterior_of_its_parameters(datas
 
 
 def test_the_process_always_finds_its_cholesky_factor(dataset):
-    """1,000 draws of labels: constant and doubled features, every row twice, binary labels."""
+    """600 draws of labels: constant and doubled features, every row twice, binary labels."""
     observations = dataset.observations.copy()
     observations[:, 0] = 3
     observations[:, 1] = observations[:, 2]
@@ -393,7 +393,7 @@ def test_the_process_always_finds_its_cholesky_factor(dataset):
     binary = np.float32(dataset.rewards > np.median(dataset.rewards))
     rng = np.random.default_rng(0)
     smallest, largest = dataset.rewards.argmin(), dataset.rewards.argmax()
-    for num_labels in (5, 7, 10, 20, 50):
+    for num_labels in (5, 10, 50):
         for rewards in (dataset.rewards, binary):
             drawn = dataset._replace(rewards=rewards)
             labeled = [rng.choice(300, num_labels, replace=False) for _ in range(100)]

@@ -126,11 +126,11 @@ def test_headings_are_of_one_style_and_none_stands_twice(script):
 
 def test_the_science_comes_first_and_only_its_heading_differs():
     td3bc, iql = map(headings_of, AGENTS)
-    assert td3bc[:2] == iql[:2] == headings_of("reward_model.py")[:2]
+    assert td3bc[:3] == iql[:3] == headings_of("reward_model.py")[:3]
     assert td3bc[1].startswith("# --- Reward model ")
-    assert td3bc[2].startswith("# --- TD3+BC ")
-    assert iql[2].startswith("# --- IQL ")
-    assert td3bc[3:] == iql[3:]
+    assert td3bc[3].startswith("# --- TD3+BC ")
+    assert iql[3].startswith("# --- IQL ")
+    assert td3bc[4:] == iql[4:]
     for script in SCRIPTS:
         before = read(script).split(td3bc[0])[0]
         assert len(before.splitlines()) < 130, "the science begins late"
