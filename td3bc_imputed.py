@@ -186,7 +186,7 @@ def make_generators(seeds: range, stream: int) -> list[torch.Generator]:
 
 
 def mean_and_std(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of each column, in float64: a float32 sum over a million rows is off in the fourth digit."""
+    """Of each column; in float64, since a mean far from 0 has few digits left in float32."""
     std, mean = torch.std_mean(rows.double(), dim=0, correction=0)
     return mean, std
 
@@ -256,7 +256,8 @@ def check_labels(dataset: Dataset, labeled: np.ndarray) -> None:
     require(differ, f"a seed's {labeled.shape[1]} labelled rewards are all equal: label more")
 
 
-# A loss and its backward() are one function, since `compiled` (under Speed) wraps it as a whole.
+# A loss and its backward() are one function, so that both are compiled together: under Speed,
+# `compiled` wraps gather() and every ..._backward().
 def reward_backward(model: MLP, observations, actions, rewards) -> None:
     """Eq. 4 of each seed, and its gradients."""
     loss = (model(observations, actions).squeeze(-1) - rewards).square().mean(dim=1)  # (seeds,)
@@ -354,8 +355,8 @@ class GaussianProcess(nn.Module):
         1 + linear * sum_j r_j x_j z_j + smooth * exp(-sum_j (x_j - z_j)^2 / (2 l_j^2)).
     After labels y = f(X) + N(0, noise), the mean of f is
         f(x) = k(x, X) @ weights  with  weights = (k(X, X) + noise I)^-1 y.    (2.25)
-    The numbers noise, linear, r_j, smooth and l_j are found by fit(). (Labels tell linear * r_j
-    only; by the prior in fit(), a common factor is the cheaper way to change all slopes at once.)"""
+    The numbers noise, linear, r_j, smooth and l_j are found by fit(). Labels tell the product
+    linear * r_j only; the prior in fit() makes linear the cheap way to move all slopes at once."""
 
     def __init__(self, mean, std, num_seeds: int, num_labels: int):
         super().__init__()
@@ -397,7 +398,8 @@ class GaussianProcess(nn.Module):
     def fit(self, observations, actions, rewards) -> None:
         """Find the parameters under which the labels are most plausible, then the weights."""
         x, y = self.inputs(observations, actions), rewards.double().unsqueeze(-1)
-        # Labels are sorted by row: of more than self.x holds, take evenly spaced ones.
+        # If there are more labels than self.x holds, take some from all over the log: they are
+        # sorted by row.
         taken = torch.linspace(0, x.shape[1] - 1, self.x.shape[1]).long()
         x, y = x[:, taken], y[:, taken]
         # Of these, 500 are enough to find the parameters.
@@ -488,6 +490,7 @@ def actor_loss(agent: Agent, batch: Transitions, args: Args) -> torch.Tensor:
     """-lambda Q1(s, pi(s)) + (pi(s) - a)^2 with lambda = alpha / mean |Q1|; (seeds,)."""
     actions = agent.actor(batch.observations).tanh()
     q = agent.q1(batch.observations, actions).squeeze(-1)
+    # |Q1| of these actions, as in the original's code; its paper writes Q(s, a).
     lambda_ = args.alpha / q.abs().mean(dim=1).detach()
     cloning = (actions - batch.actions).square().mean(dim=(1, 2))
     return -lambda_ * q.mean(dim=1) + cloning
@@ -1038,7 +1041,7 @@ def finish_evaluation(pending: list, scores: list, task: Task, run_dir, tracker)
     rows = []
     for updates_done, seed, futures in pending:
         returns = [future.result() for future in futures]
-        if None in returns:  # a signal stopped it: a resumed run evaluates anew
+        if None in returns:  # a signal stopped it: it stays pending, a resumed run makes it anew
             return
         mean_return = float(np.mean(returns))
         score = math.nan
@@ -1524,10 +1527,9 @@ def main(args: Args) -> None:
             if stopped:
                 break
             pending = start_evaluation(workers, paths, task, updates_done, args, stopped)
-            if args.eval_workers == 0:  # nobody evaluates beside the training: wait
+            # Only workers evaluate during the next updates, if there are any.
+            if args.eval_workers == 0 or updates_done == args.num_updates:
                 finish_evaluation(pending, scores, task, run_dir, tracker)
-        # With workers, the last one.
-        finish_evaluation(pending, scores, task, run_dir, tracker)
     progress.close()
     if stopped and evaluations_left(args, task, updates_done, scores):
         leave(stopped[0], updates_done, run_dir, args)
