@@ -74,7 +74,7 @@ class Args:
     # oracle: the true rewards; zero, mean: hidden ones are 0, or the mean of the labels (controls).
     rewards: Literal["imputed", "labeled", "oracle", "zero", "mean"] = "imputed"
     label_fraction: float | None = None  # share of known rewards shown (0.01; 1 if some are NaN)
-    scale_rewards: bool = True  # divide by the range of episode returns, times 1000, as IQL does
+    scale_rewards: bool = True  # multiply by 1000 / (range of episode returns), as IQL does
     reward_model: Literal["mlp", "gp"] = "mlp"  # the paper's; or a Gaussian process, for few labels
     reward_hidden_dim: int = 256  # width of the MLP's two hidden layers
     reward_epochs: int = 300  # its passes over the labelled transitions
@@ -155,6 +155,13 @@ class BatchedLinear(nn.Module):
         return torch.bmm(x, self.weight) + self.bias
 
 
+def join(widths: list[int], *inputs: torch.Tensor) -> torch.Tensor:
+    """Inputs side by side, (seeds, batch, sum of widths); wrong ones are an error."""
+    found = [x.shape[-1] for x in inputs]
+    assert found == widths, f"inputs have widths {found}, not {widths}"
+    return torch.cat(inputs, dim=-1)
+
+
 class MLP(nn.Module):
     """Two hidden layers on normalised inputs, once per seed; `widths` are those of its inputs."""
 
@@ -170,9 +177,7 @@ class MLP(nn.Module):
 
     def forward(self, *inputs: torch.Tensor) -> torch.Tensor:
         """Of observations (seeds, batch, obs_dim), or of observations and actions."""
-        widths = [x.shape[-1] for x in inputs]
-        assert widths == self.widths, f"inputs have widths {widths}, not {self.widths}"
-        x = (torch.cat(inputs, dim=-1) - self.mean) / self.std
+        x = (join(self.widths, *inputs) - self.mean) / self.std
         x = F.relu(self.layer1(x))
         x = F.relu(self.layer2(x))
         return self.layer3(x)
@@ -222,13 +227,13 @@ class RewardModel(nn.Module):
         check_labels(dataset, labeled)
         labels = torch.from_numpy(dataset.rewards[labeled])  # (seeds, labels)
         reward_mean, reward_std = mean_and_std(labels.T)  # (seeds,)
-        # These stay float64, and so f(s, a) is: no unit of the rewards costs digits.
+        # Float64, so that standardising labels that lie far from 0 loses no digits.
         self.register_buffer("reward_mean", reward_mean.unsqueeze(1))
         self.register_buffer("reward_std", reward_std.unsqueeze(1))
         # Observations and actions are known without labels, so all of them normalise. The std of
         # a feature that is nearly always the same is tiny: take at least 1/1000 of its range.
         observations, actions = map(torch.from_numpy, (dataset.observations, dataset.actions))
-        self.widths = [observations.shape[1], actions.shape[1]]
+        widths = [observations.shape[1], actions.shape[1]]
         mean, std = mean_and_std(observations)
         std = torch.maximum(std, (observations.amax(dim=0) - observations.amin(dim=0)) / 1000)
         # Actions by their range in the log: there may be no simulator that knows their bounds.
@@ -238,14 +243,12 @@ class RewardModel(nn.Module):
         std[std == 0] = 1  # an input that never changes
         mean, std = mean.float(), std.float()
         if args.reward_model == "gp":
-            self.model = GaussianProcess(mean, std, *labeled.shape)
+            self.model = GaussianProcess(widths, mean, std, *labeled.shape)
         else:
-            self.model = MLP(self.widths, mean, std, args.reward_hidden_dim, 1, generators)
+            self.model = MLP(widths, mean, std, args.reward_hidden_dim, 1, generators)
 
     def forward(self, observations: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
         """(seeds, batch, ...) -> (seeds, batch)."""
-        widths = [observations.shape[-1], actions.shape[-1]]
-        assert widths == self.widths, f"inputs have widths {widths}, not {self.widths}"
         return self.reward_mean + self.reward_std * self.model(observations, actions).squeeze(-1)
 
 
@@ -255,7 +258,7 @@ def check_labels(dataset: Dataset, labeled: np.ndarray) -> None:
 
 
 # A loss and its backward() are one function, so that both are compiled together: under Speed,
-# `compiled` wraps gather() and every ..._backward().
+# `compiled` wraps this one, gather() and a few more.
 def reward_backward(model: MLP, observations, actions, rewards) -> None:
     """Eq. 4 of each seed, and its gradients."""
     loss = (model(observations, actions).squeeze(-1) - rewards).square().mean(dim=1)  # (seeds,)
@@ -353,11 +356,11 @@ class GaussianProcess(nn.Module):
         1 + linear * sum_j r_j x_j z_j + smooth * exp(-sum_j (x_j - z_j)^2 / (2 l_j^2)).
     After labels y = f(X) + N(0, noise), the mean of f is
         f(x) = k(x, X) @ weights  with  weights = (k(X, X) + noise I)^-1 y.    (2.25)
-    The numbers noise, linear, r_j, smooth and l_j are found by fit(). Labels tell the product
-    linear * r_j only; the prior in fit() makes linear the cheap way to move all slopes at once."""
+    The numbers noise, linear, r_j, smooth and l_j are found by fit()."""
 
-    def __init__(self, mean, std, num_seeds: int, num_labels: int):
+    def __init__(self, widths: list[int], mean, std, num_seeds: int, num_labels: int):
         super().__init__()
+        self.widths = widths
         in_dim = len(mean)
         num_labels = min(num_labels, 2000)  # time grows with the cube
         self.register_buffer("mean", mean)  # (in_dim,), as in MLP
@@ -377,7 +380,7 @@ class GaussianProcess(nn.Module):
         self.log_inverse_length = nn.Parameter(-math.log(in_dim) / 2 * each_input)  # 1 / l_j
 
     def inputs(self, observations: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
-        x = (torch.cat([observations, actions], dim=-1) - self.mean) / self.std
+        x = (join(self.widths, observations, actions) - self.mean) / self.std
         return x.double()  # float32 is too coarse to invert k(X, X)
 
     def kernel(self, x1: torch.Tensor, x2: torch.Tensor) -> torch.Tensor:
@@ -410,7 +413,9 @@ class GaussianProcess(nn.Module):
             L = self.cholesky(x[:, few])
             white = torch.linalg.solve_triangular(L, y[:, few], upper=False)
             loss = white.square().sum() / 2 + L.diagonal(dim1=1, dim2=2).log().sum()
-            # -log p(parameters): each is normal with variance 1 around where it started.
+            # -log p(parameters): each is normal with variance 1 around where it started. (Though k
+            # has only the product linear * r_j, there are both: moving linear scales all slopes at
+            # the price of one parameter.)
             for parameter, prior_mean in zip(self.parameters(), prior_means):
                 loss = loss + (parameter - prior_mean).square().sum() / 2
             optimizer.zero_grad()
@@ -621,7 +626,7 @@ ACTION_BOUND = 1 - 1e-5  # of a scaled action, as in the original
 def make_transitions(dataset: Dataset, rewards: np.ndarray, task, device) -> Transitions:
     """All transitions as tensors (seeds, N, ...); seeds share everything but the rewards.
 
-    Actions are scaled from the bounds in `task` to [-1, 1]."""
+    Actions are scaled to [-1, 1] from the bounds in `task`, a Task (under Evaluation)."""
     actions = scale_actions(dataset.actions, task).clip(-ACTION_BOUND, ACTION_BOUND)
 
     def share(array: np.ndarray) -> torch.Tensor:  # a view for each seed, not a copy
@@ -689,10 +694,10 @@ def load_dataset(env_id: str | None = None, dataset_path: Path | None = None) ->
 
 def find_simulator(env_id: str | None) -> tuple[str | None, float, float]:
     """Simulator and reference returns of one's own file, by a D4RL name or a Gymnasium id."""
-    no_references = (env_id, np.nan, np.nan)
-    if env_id is None or env_id in gym.registry:
-        return no_references
-    return D4RL_TASKS.get(env_id.split("-")[0], no_references)
+    without_references = (env_id, np.nan, np.nan)
+    if env_id is None or env_id in gym.registry:  # one's own may be called hopper-..., too
+        return without_references
+    return D4RL_TASKS.get(env_id.split("-")[0], without_references)
 
 
 def find_file(env_id: str) -> Path:
@@ -737,6 +742,7 @@ def read_hdf5(path: Path, follow_d4rl: bool) -> dict[str, np.ndarray]:
     arrays = read_columns(path)
     terminals, timeouts = find_ends(path, arrays)
     is_kept = find_transitions(arrays, terminals, timeouts, follow_d4rl)
+    # The next row's; wrong at an episode's end, which is dropped, or terminal and not looked at.
     next_observations = np.append(arrays["observations"][1:], arrays["observations"][-1:], axis=0)
     if not follow_d4rl:
         next_observations = arrays.get("next_observations", next_observations)
@@ -756,17 +762,6 @@ def read_hdf5(path: Path, follow_d4rl: bool) -> dict[str, np.ndarray]:
         "terminals": terminals[is_kept].astype(np.float32),
         "episode_ids": episode_ids,
     }
-
-
-def find_transitions(arrays: dict, terminals, timeouts, follow_d4rl: bool) -> np.ndarray:
-    """The rows that are whole transitions, (rows,), bool."""
-    has_next = ~timeouts  # after a timeout, the next row belongs to another episode
-    has_next[-1:] = False
-    if follow_d4rl:  # drops the last row and all timeouts, and so does every published score
-        return has_next
-    if "next_observations" in arrays:
-        return np.ones_like(has_next)
-    return has_next | terminals  # a terminal row's next observation is multiplied by 0
 
 
 def read_columns(path: Path) -> dict[str, np.ndarray]:
@@ -797,19 +792,16 @@ def check_layout(path: Path, columns: dict[str, h5py.Dataset]) -> None:
     for key, column in columns.items():
         is_array = isinstance(column, h5py.Dataset) and column.shape is not None
         require(is_array and column.dtype.kind in "fiub", f"{path}: {key} is no array of numbers")
-        is_table = key in ("observations", "actions", "next_observations")
-        if is_table:
-            fits = column.ndim == 2 and column.shape[1] > 0
-        else:
-            fits = column.shape[1:] in ((), (1,)) and column.ndim > 0
-        require(fits, f"{path} has wrong shapes: {key} is {column.shape}")
-        # HDF5 reads rows that were never written, or lie in another file (external) that is too
-        # short, as zeros or NaN. Rewards and flags may be such rows, of which nobody set the value.
-        # Observations and actions may not: the file is damaged, and may declare terabytes.
+        wrong_shape = f"{path} has wrong shapes: {key} is {column.shape}"
+        if key not in ("observations", "actions", "next_observations"):
+            require(column.ndim > 0 and column.shape[1:] in ((), (1,)), wrong_shape)
+            continue
+        require(column.ndim == 2 and column.shape[1] > 0, wrong_shape)
+        # HDF5 reads rows that were never written, or are missing from another file (external), as
+        # zeros: terabytes of them in a damaged file.
         is_written = column.id.get_space_status() == h5py.h5d.SPACE_STATUS_ALLOCATED
-        is_held = (is_written and not column.external) or len(column) == 0
         require(
-            is_held or not is_table,
+            (is_written and not column.external) or len(column) == 0,
             f"{path}: {key} declares {len(column):,} rows, more than the file holds",
         )
     lengths = {key: len(column) for key, column in columns.items()}
@@ -839,6 +831,17 @@ def find_ends(path: Path, arrays: dict[str, np.ndarray]) -> tuple[np.ndarray, np
         "column timeouts, 1 in the last row of each episode that was cut off, 0 elsewhere",
     )
     return terminals, np.zeros_like(terminals)
+
+
+def find_transitions(arrays: dict, terminals, timeouts, follow_d4rl: bool) -> np.ndarray:
+    """The rows that are whole transitions, (rows,), bool."""
+    has_next = ~timeouts  # after a timeout, the next row belongs to another episode
+    has_next[-1:] = False
+    if follow_d4rl:  # drops the last row and all timeouts, and so does every published score
+        return has_next
+    if "next_observations" in arrays:
+        return np.ones_like(has_next)
+    return has_next | terminals  # a terminal row's next observation is multiplied by 0
 
 
 def report_dropped(path: Path, rewards: np.ndarray, is_kept: np.ndarray) -> None:
@@ -934,7 +937,8 @@ def make_task(dataset: Dataset, eval_env_id: str | None) -> Task:
 
     task = Task(env.spec, env.action_space.low, env.action_space.high, ref_min, ref_max)
     low, high = task.low.astype(np.float64), task.high.astype(np.float64)
-    rounding = 1e-5 * (high - low) + 1e-6 * np.maximum(np.abs(low), np.abs(high))  # to float32
+    # What float32 may have rounded: a little of the range, or of bounds far from 0.
+    rounding = 1e-5 * (high - low) + 1e-6 * np.maximum(np.abs(low), np.abs(high))
     in_bounds = (dataset.actions >= low - rounding) & (dataset.actions <= high + rounding)
     require(in_bounds.all(), f"actions beyond the bounds of {env.spec.id}: {env.action_space}")
     middle, _ = middle_and_half(task)
@@ -1060,7 +1064,8 @@ def init_worker() -> None:
 def start_evaluation(workers: Executor, paths, task: Task, updates_done, args, stopped) -> list:
     """Evaluate each seed's policy: a list of (update, seed, the futures of its episodes).
 
-    Only the policy's path is sent: Python 3.11.2 hangs if a worker dies during a long message."""
+    The policy's path is sent, not its arrays: Python 3.11.2 hangs if a worker dies during a long
+    message."""
     if task.env_spec is None:
         return []
     pending = []
@@ -1563,7 +1568,7 @@ def main(args: Args) -> None:
             if stopped:
                 break
             pending = start_evaluation(workers, paths, task, updates_done, args, stopped)
-            # Only workers evaluate during the next updates, if there are any.
+            # Without workers, or after the last update, wait for it now.
             if args.eval_workers == 0 or updates_done == args.num_updates:
                 finish_evaluation(pending, scores, task, run_dir, tracker)
     progress.close()
