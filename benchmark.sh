@@ -2,16 +2,16 @@
 # SPDX-License-Identifier: MIT
 # The paper's Table 1 and Figure 2, and more, out of one command:
 #
-#   bash benchmark.sh list table1      its commands, one a line, each complete
+#   bash benchmark.sh list table1      its commands, one a line
 #   bash benchmark.sh run table1       run those not finished; may be interrupted and repeated
-#   bash benchmark.sh report table1    Markdown tables; results/table1.csv and pictures beside it
+#   bash benchmark.sh report table1    Markdown tables; results/table1.csv and pictures beside it,
+#                                      which take the place of another target's
 #   sbatch --array=0-62%8 benchmark.sh run table1      on a SLURM cluster, one line of the list each
 #
 # Targets:
 #   table1     9 D4RL datasets x (all rewards, 1% labeled, 1% imputed) x (TD3+BC, IQL), and
 #              behaviour cloning: 63 runs; its report draws overview.png, figure2.png, curves.png
-#   figure2    2 of them, with 1% and 5% labeled and the runs of table1 that belong to the
-#              picture: 18 runs
+#   figure2    2 of them: table1's runs, 14, and 1 more an agent with 5% labeled: 18 runs
 #   controls   those 9 with every hidden reward zero, or the mean of the labels, beside all and
 #              imputed rewards: 72 runs, 36 of them table1's
 #   labels     2 of them, TD3+BC imputed from few to many labels by the paper's reward model and by
@@ -29,8 +29,9 @@
 #   FRACTIONS  of transitions labelled, in the target labels (0.00003 0.0001 0.0003 0.001 0.01);
 #              0.00005 0.00015 0.0005 0.0015 0.005 are 10 to 1,000 labels of 200,000 transitions
 #   OPTIONS    for every run, such as --eval-workers 8
-#   RUNS       where the run directories are (runs/benchmark)
-#   PYTHON     (python)
+#   RUNS       where the run directories are (runs/benchmark, beside this script)
+#   PYTHON     (python); may be several words, such as
+#              "uv run --with-requirements requirements.txt python"
 set -uo pipefail
 
 fail() { echo "error: $*" >&2 && exit 2; }
@@ -41,6 +42,7 @@ action=${1:-} target=${2:-}
     fail "usage: bash benchmark.sh list|run|report $targets"
 [[ -z ${DATASETS:-} || -d $DATASETS ]] || fail "no folder DATASETS=$DATASETS"
 [[ -z ${DATASETS:-} ]] || DATASETS=$(realpath "$DATASETS")
+[[ ${RUNS:-/} == /* ]] || RUNS=$PWD/$RUNS
 self=$(realpath "$0") home=$(dirname "$(realpath "$0")")
 # SLURM runs a copy of this script from elsewhere.
 [[ -e $home/td3bc_imputed.py ]] || home=${SLURM_SUBMIT_DIR:-$home}
@@ -122,25 +124,24 @@ one() {
         eval "$command"
     fi
     code=$?
-    # The same words finish no other run than this one.
-    ((code)) || echo "$command" >"$run_dir/command"
     if ((code)); then
         echo "[$((number + 1))/$total] failed with exit code $code: $command"
         [[ -z ${FAILED:-} ]] || echo "$command" >>"$FAILED"
-    elif ((jobs > 1)); then
-        echo "[$((number + 1))/$total] $(tail -n 1 "$run_dir.log")"
+        return $code
     fi
-    return $code
+    echo "$command" >"$run_dir/command" # finished by this command; another one runs it again
+    ((jobs == 1)) || echo "[$((number + 1))/$total] $(tail -n 1 "$run_dir.log")"
 }
 
 case $action in
     list) commands; exit ;;
-    one) # for xargs, which goes on after any code but 255: Ctrl-C or SIGTERM stops all runs
+    one) # for xargs, which goes on after any code but 255: after Ctrl-C or SIGTERM none begins
         one "$3"
         case $? in 130 | 143) exit 255 ;; *) exit 0 ;; esac ;;
     run)
         if [[ -n ${SLURM_ARRAY_TASK_ID:-} ]]; then
-            one "$SLURM_ARRAY_TASK_ID" && exit || exit
+            one "$SLURM_ARRAY_TASK_ID"
+            exit
         fi
         FAILED=$(mktemp) && export FAILED
         trap 'rm -f "$FAILED"' EXIT
@@ -153,7 +154,8 @@ esac
 
 # The report, from the run directories.
 mapfile -t expected < <(run_dirs)
-MPLBACKEND=agg exec "$python" - "$target" "${expected[@]}" <<'PYTHON'
+# shellcheck disable=SC2086 # PYTHON may be several words
+MPLBACKEND=agg exec $python - "$target" "${expected[@]}" <<'PYTHON'
 """A target's report, from its run directories: Markdown tables, a CSV file and pictures."""
 
 import csv
@@ -216,7 +218,9 @@ REWARD_COLORS = {  # Okabe & Ito's: the colour-blind tell them apart
     "zero": "#D55E00",
     "mean": "#CC79A7",
 }
-# What must be the same for runs to stand in one table, beside the versions of the libraries.
+# What must be the same for runs to stand in one table, beside the versions of the libraries. Not
+# compared are the options of one algorithm alone, when it was evaluated, and the scripts
+# themselves, whose hashes the report prints.
 PROTOCOL = ["num_updates", "eval_episodes", "seed", "num_seeds", "batch_size", "learning_rate"]
 PROTOCOL += ["gamma", "tau", "matmul_precision", "reward_hidden_dim", "reward_epochs"]
 PROTOCOL += ["reward_learning_rate", "reward_batch_size"]
@@ -233,8 +237,11 @@ class Run(NamedTuple):
     scores: list  # each seed's last evaluation
 
 
+# Below, `runs` are those of one protocol, {(dataset, setting): Run}.
+
+
 def split_name(path):
-    """dataset__algorithm__rewards__share -> dataset, setting."""
+    """dataset__algorithm__rewards__fraction -> dataset, setting."""
     dataset, *words = path.name.rsplit("__", 3)
     return dataset, " ".join(words)
 
@@ -254,7 +261,7 @@ def protocol(run):
 def scripts(runs):
     """Which scripts made the runs, by the beginning of their SHA-256."""
     names = set()
-    for run in runs:
+    for run in runs.values():
         script = "iql_imputed.py" if run.setting.startswith("iql") else "td3bc_imputed.py"
         names.add(f"{script} {run.result['script_sha256'][:9]}")
     return ", ".join(sorted(names))
@@ -273,6 +280,7 @@ def percent(fraction):
 
 
 def with_std(scores):
+    """Over seeds; the std of these, with n, as in result.json."""
     return f"{np.mean(scores):.1f} ± {np.std(scores):.1f}"
 
 
@@ -331,7 +339,7 @@ def print_scores(runs, datasets, settings):
                 row.append(ratio(ours.get((name, imputed)), ours.get((name, oracle))))
     print("Mean ± std over seeds of the last evaluation.")
     if {dataset for dataset, _ in paper}.intersection(datasets):
-        print("In brackets the paper's figure; for 100% also CORL's.")
+        print("In brackets the paper's figure; for 100% and BC also CORL's.")
     print()
     print_table(header, rows)
 
@@ -407,6 +415,8 @@ def print_controls(runs, datasets):
 
 
 def compare(control, imputed):
+    if len(imputed) == 1:
+        return f"{with_std(control)}, with one seed not to be told apart"
     difference = np.mean(control) - np.mean(imputed)
     spread = np.hypot(np.std(control), np.std(imputed))
     if difference < -spread:
@@ -452,13 +462,14 @@ def write_csv(path, runs):
         for key, run in runs.items():
             row = [run.dataset, *run.setting.split(), *(run.result[name] for name in names)]
             row.append(len(run.scores))
+            # Of a run without a reward model, it is null.
             row.append(np.mean(r2(run)) if run.result["reward_model"] else None)
             table.writerow([*row, paper.get(key), corl.get(key)])
 
 
 # --- What a run was trained on, by the script that trained it ---
 def load_dataset(run):
-    """None, and a line that says why, if it is not to be had on this machine."""
+    """The dataset it was trained on; None, and a line that says why, if it is not here."""
     import td3bc_imputed  # here, since it takes seconds
 
     path = run.config["dataset_path"]
@@ -466,7 +477,7 @@ def load_dataset(run):
         with redirect_stdout(sys.stderr):  # the report is what goes to stdout
             return td3bc_imputed.load_dataset(run.config["env_id"], path and Path(path))
     except td3bc_imputed.UserError as error:
-        print(f"- not in the picture: {run.dataset}, {error}")
+        print(f"- not to be loaded: {run.dataset}, {error}\n")
 
 
 def count_labels(runs, datasets, fractions):
@@ -479,7 +490,8 @@ def count_labels(runs, datasets, fractions):
         loaded = load_dataset(run)
         if loaded:
             for fraction in fractions:
-                labels = td3bc_imputed.split_labels(loaded.rewards, float(fraction), range(1))
+                one_seed = range(1)  # every seed has as many
+                labels = td3bc_imputed.split_labels(loaded.rewards, float(fraction), one_seed)
                 numbers[dataset, fraction] = labels.shape[1]
     return numbers
 
@@ -495,6 +507,7 @@ def impute_again(run, num_rows=5000):
     dataset = load_dataset(run)
     if dataset is None:
         return None
+    # A reward model as the run made it, for as many seeds; then the weights that it had found.
     config = run.config
     seeds = range(config["seed"], config["seed"] + config["num_seeds"])
     labels = td3bc_imputed.split_labels(dataset.rewards, config["label_fraction"], seeds)
@@ -512,7 +525,7 @@ def impute_again(run, num_rows=5000):
         actions=dataset.actions[rows],
         rewards=dataset.rewards[rows],
     )
-    no_labels = labels[:, :0]  # a label would be kept as it is
+    no_labels = labels[:, :0]  # none of these rows is one
     imputed = td3bc_imputed.impute_rewards(reward_model, part, no_labels)
     return part.rewards, imputed[0], labels.shape[1]
 
@@ -554,7 +567,7 @@ def draw_rewards(axes, runs, datasets):
         if run and (run.path / "checkpoint.pt").exists():
             break
     else:
-        axes.set_title("No run with\nimputed rewards yet")
+        axes.set_title("No run of TD3+BC with\nimputed rewards yet")
         return
     found = impute_again(run)
     if found is None:
@@ -718,6 +731,7 @@ def draw_curves(runs, datasets, settings, path):
 
 def draw_curve(axes, run, fractions):
     """The fewer the labels, the paler."""
+    # Its columns: update, seed, return, score; the rows of an evaluation stand together.
     table = np.loadtxt(run.path / "scores.csv", delimiter=",", skiprows=1, ndmin=2)
     updates, _, returns, scores = table.T
     values = returns if run.result["metric"] == "return" else scores
@@ -759,7 +773,7 @@ def main(target, paths):
     present = [dataset for dataset in datasets if dataset in trained]
 
     print(f"# {target}\n")
-    print(f"{len(runs)} of {len(paths)} runs; {scripts(runs.values())}; {', '.join(common)}.\n")
+    print(f"{len(runs)} of {len(paths)} runs; {scripts(runs)}; {', '.join(common)}.\n")
     fractions = fractions_of(settings, "imputed")
     if target == "labels":
         numbers = count_labels(runs, present, fractions)

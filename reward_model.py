@@ -10,7 +10,7 @@
 """Fit, judge and apply a reward model to a dataset of which only a few transitions have a reward.
 
 1. Load transitions; hide the rewards of all but 1% of them.
-2. Fit reward models f(s, a) to that 1% (Eq. 4): the paper's, a Gaussian process, a linear one.
+2. Fit reward models f(s, a) to that 1%: the paper's (Eq. 4), a Gaussian process, a linear one.
 3. Judge them on the hidden rewards.
 4. Write the dataset with every hidden reward imputed (Eq. 5), for any offline RL library.
 
@@ -32,6 +32,7 @@ import os
 import shutil
 import socket
 import sys
+import tempfile
 import time
 import warnings
 from contextlib import contextmanager
@@ -236,7 +237,7 @@ def check_labels(dataset: Dataset, labeled: np.ndarray) -> None:
 
 
 # A loss and its backward() are one function, so that both are compiled together: under Speed,
-# `compiled` wraps this one, gather() and a few more.
+# `compiled` wraps this function and others.
 def reward_backward(model: MLP, observations, actions, rewards) -> None:
     """Eq. 4 of each seed, and its gradients."""
     loss = (model(observations, actions).squeeze(-1) - rewards).square().mean(dim=1)  # (seeds,)
@@ -413,7 +414,7 @@ def linear_regression(dataset: Dataset, labeled: np.ndarray) -> np.ndarray:
     rewards = np.empty((len(labeled), len(dataset.rewards)), np.float32)
     inputs = np.hstack([dataset.observations, dataset.actions]).astype(np.float64)
     for seed_rewards, rows in zip(rewards, labeled):
-        center = inputs[rows].mean(axis=0)  # instead of a column of ones: exact in any unit
+        center = inputs[rows].mean(axis=0)  # then the intercept is the mean reward
         true = dataset.rewards[rows].astype(np.float64)
         weights, *_ = np.linalg.lstsq(inputs[rows] - center, true - true.mean())
         seed_rewards[:] = (inputs - center) @ weights + true.mean()
@@ -428,7 +429,8 @@ def fit_and_predict(kind: str, dataset: Dataset, labeled: np.ndarray, seeds: ran
     generators = make_generators(seeds, stream=1)
     reward_model = RewardModel(dataset, labeled, generators, args).to(device)
     fit_reward_model(reward_model, dataset, labeled, generators, args)
-    return reward_model, impute_rewards(reward_model, dataset, labeled[:, :0])
+    no_labels = labeled[:, :0]  # a label would be kept as it is
+    return reward_model, impute_rewards(reward_model, dataset, no_labels)
 
 
 def judge(predicted: np.ndarray, dataset: Dataset, labeled: np.ndarray) -> dict[str, list]:
@@ -437,7 +439,8 @@ def judge(predicted: np.ndarray, dataset: Dataset, labeled: np.ndarray) -> dict[
     np.put_along_axis(imputed, labeled, dataset.rewards[labeled], axis=1)
     error = np.take_along_axis(predicted, labeled, axis=1) - dataset.rewards[labeled]
     train_mse = np.mean(np.square(error, dtype=np.float64), axis=1).tolist()
-    return {"train_mse": train_mse} | imputation_quality(imputed, dataset, labeled)
+    quality = imputation_quality(imputed, dataset, labeled)  # not None: callers hide some labels
+    return {"train_mse": train_mse} | quality
 
 
 @torch.no_grad()
@@ -606,9 +609,9 @@ def sweep_figure(table: list[dict]) -> Figure:
         x, mean = [row["labels"] for row in rows], [row["r2_mean"] for row in rows]
         std = [row["r2_std"] for row in rows]
         axes.errorbar(x, mean, std, color=color, fmt=style, capsize=3, label=title)
-    axes.set(
-        xscale="log", xlabel="labels", ylabel="$R^2$ on the hidden rewards", ylim=(-0.05, 1.02)
-    )
+    axes.set(xscale="log", xlabel="labels", ylabel="$R^2$ on the hidden rewards")
+    lowest = min(row["r2_mean"] - row["r2_std"] for row in table)
+    axes.set_ylim(np.clip(lowest, -1, -0.05), 1.02)  # the table has what is below -1
     axes.legend(loc="lower right")
     return figure
 
@@ -861,16 +864,16 @@ def read_minari(dataset: minari.MinariDataset) -> dict[str, np.ndarray]:
         sizes = [len(episode.observations) - 1, *map(len, columns)]
         require(len(set(sizes)) == 1, f"{dataset.id} has an episode of different lengths: {sizes}")
 
-    def join(arrays) -> np.ndarray:
+    def stack(arrays) -> np.ndarray:
         return np.concatenate(list(arrays)).astype(np.float32)
 
     lengths = [len(episode) for episode in episodes]
     return {
-        "observations": join(episode.observations[:-1] for episode in episodes),
-        "actions": join(episode.actions for episode in episodes),
-        "rewards": join(np.reshape(episode.rewards, -1) for episode in episodes),
-        "next_observations": join(episode.observations[1:] for episode in episodes),
-        "terminals": join(episode.terminations for episode in episodes),
+        "observations": stack(episode.observations[:-1] for episode in episodes),
+        "actions": stack(episode.actions for episode in episodes),
+        "rewards": stack(np.reshape(episode.rewards, -1) for episode in episodes),
+        "next_observations": stack(episode.observations[1:] for episode in episodes),
+        "terminals": stack(episode.terminations for episode in episodes),
         "episode_ids": np.repeat(np.arange(len(episodes)), lengths),
     }
 
@@ -900,7 +903,8 @@ def complete_rows(source: Path, follow_d4rl: bool, reward_model, dataset, labele
     is_known = ~np.isnan(arrays["rewards"])
     is_label = np.zeros(len(is_known), bool)
     is_label[np.flatnonzero(is_kept)[labeled[0]]] = True
-    if labeled.shape[1] == np.count_nonzero(is_known[is_kept]):  # every known reward is a label
+    # If no reward is hidden, those of dropped rows are labels, too.
+    if labeled.shape[1] == np.count_nonzero(is_known[is_kept]):
         is_label |= is_known
 
     names = ("observations", "actions", "rewards")
@@ -914,11 +918,18 @@ def complete_rows(source: Path, follow_d4rl: bool, reward_model, dataset, labele
     return {"rewards": completed, "labeled": is_label}
 
 
+def is_minari(args: Args) -> bool:
+    """Whether the source is a Minari dataset, not an HDF5 file."""
+    return not args.dataset_path and args.env_id is not None and args.env_id not in SHA256
+
+
 def read_episodes(args: Args, dataset: Dataset) -> list[dict[str, np.ndarray]]:
     """What Minari holds of each episode: T + 1 observations, T actions, T ends of either kind."""
-    has_next = not (args.env_id is None or args.env_id in SHA256)  # Minari does
+    # Whether the source tells what was observed after an episode's last step.
+    knows_final = is_minari(args)
     if args.dataset_path:
-        has_next = "next_observations" in read_columns(args.dataset_path)
+        knows_final = "next_observations" in read_columns(args.dataset_path)
+    # A new episode, too, where a row does not begin with the row before it ends with.
     follows = (dataset.next_observations[:-1] == dataset.observations[1:]).all(axis=1)
     follows &= np.diff(dataset.episode_ids) == 0
     episodes = []
@@ -926,7 +937,7 @@ def read_episodes(args: Args, dataset: Dataset) -> list[dict[str, np.ndarray]]:
     for rows in np.split(np.arange(len(dataset.rewards)), starts):
         last, terminations = rows[-1], dataset.terminals[rows] == 1
         final = dataset.next_observations[last]
-        if terminations[-1] and not has_next:  # the file does not tell: the last one stands in
+        if terminations[-1] and not knows_final:  # the last observation stands in
             final = dataset.observations[last]
         episodes.append(
             {
@@ -941,7 +952,9 @@ def read_episodes(args: Args, dataset: Dataset) -> list[dict[str, np.ndarray]]:
 
 
 def write_minari(args: Args, dataset: Dataset, labeled: np.ndarray, rewards: np.ndarray) -> None:
-    """A Minari dataset of the same episodes with all rewards of the first seed."""
+    """A Minari dataset of the same transitions with all rewards of the first seed."""
+    exists = args.output_minari_id in minari.list_local_datasets()  # made during the fit
+    require(not exists, f"--output-minari-id {args.output_minari_id} exists already")
     is_label = np.isin(np.arange(len(dataset.rewards)), labeled[0])
     buffers = []
     for episode in read_episodes(args, dataset):
@@ -949,6 +962,9 @@ def write_minari(args: Args, dataset: Dataset, labeled: np.ndarray, rewards: np.
         infos = {"labeled": is_label[rows]}
         buffers.append(EpisodeBuffer(**episode, rewards=rewards[0, rows], infos=infos))
     low, high = dataset.actions.min(axis=0), dataset.actions.max(axis=0)
+    if is_minari(args):
+        space = minari.load_dataset(args.env_id).action_space
+        low, high = space.low.astype(np.float32), space.high.astype(np.float32)
     obs_dim = dataset.observations.shape[1]
     spaces = {
         "observation_space": gym.spaces.Box(-np.inf, np.inf, (obs_dim,), np.float32),
@@ -957,7 +973,7 @@ def write_minari(args: Args, dataset: Dataset, labeled: np.ndarray, rewards: np.
     text = f"{dataset.name} with imputed rewards; infos/labeled marks the {labeled.shape[1]} given"
     references = {"ref_min_score": dataset.ref_min, "ref_max_score": dataset.ref_max}
     try:
-        with warnings.catch_warnings(action="ignore"):  # of an author and others that nobody knows
+        with warnings.catch_warnings(action="ignore"):  # that author, email and link are missing
             made = minari.create_dataset_from_buffers(
                 args.output_minari_id, buffers, description=text, **spaces
             )
@@ -1144,11 +1160,9 @@ def check_arguments(args: Args) -> None:
         require(not exists, f"--output-path {args.output_path} exists already")
         folder = args.output_path.absolute().parent
         require(folder.is_dir(), f"--output-path {args.output_path}: there is no folder {folder}")
-        temporary = args.output_path.with_name(f"{args.output_path.name}.tmp")
-        temporary.touch()  # an OSError where nothing can be written
-        temporary.unlink()
-        hdf5 = args.dataset_path or args.env_id is None or args.env_id in SHA256
-        require(hdf5, "--output-path needs an HDF5 source: for Minari there is --output-minari-id")
+        tempfile.TemporaryFile(dir=folder).close()  # an OSError where nothing can be written
+        hint = "--output-path needs an HDF5 source: for Minari there is --output-minari-id"
+        require(not is_minari(args), hint)
     if args.output_minari_id:
         try:
             parse_dataset_id(args.output_minari_id)
@@ -1160,7 +1174,7 @@ def check_arguments(args: Args) -> None:
 
 
 def check_common_arguments(args) -> None:
-    """Of arguments that reward_model.py has as well."""
+    """Of the arguments that all three scripts have."""
     fraction = args.label_fraction
     require(fraction is None or 0 < fraction <= 1, "--label-fraction must be in (0, 1]")
     require(0 < args.reward_hidden_dim, "--reward-hidden-dim must be at least 1")
@@ -1250,6 +1264,9 @@ def main(args: Args) -> None:
         write_hdf5(source, args.output_path, columns, notes)
         num_labels = np.count_nonzero(columns["labeled"])
         print(f"written       {args.output_path}: {num_labels:,} labels, all else imputed")
+        num_unknown = np.count_nonzero(np.isnan(columns["rewards"]))
+        if num_unknown > 0:
+            print(f"unknown       {num_unknown:,} rewards: their observation or action is NaN")
     if args.output_minari_id:
         write_minari(args, dataset, labeled, rewards)
         print(

@@ -260,7 +260,7 @@ def check_labels(dataset: Dataset, labeled: np.ndarray) -> None:
 
 
 # A loss and its backward() are one function, so that both are compiled together: under Speed,
-# `compiled` wraps this one, gather() and a few more.
+# `compiled` wraps this function and others.
 def reward_backward(model: MLP, observations, actions, rewards) -> None:
     """Eq. 4 of each seed, and its gradients."""
     loss = (model(observations, actions).squeeze(-1) - rewards).square().mean(dim=1)  # (seeds,)
@@ -848,16 +848,16 @@ def read_minari(dataset: minari.MinariDataset) -> dict[str, np.ndarray]:
         sizes = [len(episode.observations) - 1, *map(len, columns)]
         require(len(set(sizes)) == 1, f"{dataset.id} has an episode of different lengths: {sizes}")
 
-    def join(arrays) -> np.ndarray:
+    def stack(arrays) -> np.ndarray:
         return np.concatenate(list(arrays)).astype(np.float32)
 
     lengths = [len(episode) for episode in episodes]
     return {
-        "observations": join(episode.observations[:-1] for episode in episodes),
-        "actions": join(episode.actions for episode in episodes),
-        "rewards": join(np.reshape(episode.rewards, -1) for episode in episodes),
-        "next_observations": join(episode.observations[1:] for episode in episodes),
-        "terminals": join(episode.terminations for episode in episodes),
+        "observations": stack(episode.observations[:-1] for episode in episodes),
+        "actions": stack(episode.actions for episode in episodes),
+        "rewards": stack(np.reshape(episode.rewards, -1) for episode in episodes),
+        "next_observations": stack(episode.observations[1:] for episode in episodes),
+        "terminals": stack(episode.terminations for episode in episodes),
         "episode_ids": np.repeat(np.arange(len(episodes)), lengths),
     }
 
@@ -1364,7 +1364,7 @@ def check_arguments(args: Args) -> None:
 
 
 def check_common_arguments(args) -> None:
-    """Of arguments that reward_model.py has as well."""
+    """Of the arguments that all three scripts have."""
     fraction = args.label_fraction
     require(fraction is None or 0 < fraction <= 1, "--label-fraction must be in (0, 1]")
     require(0 < args.reward_hidden_dim, "--reward-hidden-dim must be at least 1")

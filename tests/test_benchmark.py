@@ -118,6 +118,12 @@ def test_a_folder_of_files_replaces_the_datasets(tmp_path):
     assert start in commands[0]
 
 
+def test_runs_are_in_the_folder_that_the_caller_means(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for line in list_commands("bundled", RUNS="mine"):
+        assert parse(line)[1].run_dir.parent == tmp_path / "mine"
+
+
 @pytest.mark.parametrize("words", [("list", "table2"), ("start", "table1"), ("", "")])
 def test_a_wrong_word_is_an_error_with_the_usage(words):
     usage = "usage: bash benchmark.sh list|run|report table1|figure2|controls|labels|bundled"
@@ -452,7 +458,7 @@ def test_labels_without_the_dataset_has_its_table_and_says_what_is_not_drawn(rep
     make_run(tmp_path, "hopper-own__td3bc__imputed__0.01", [3.0, 5.0], dataset_path="moved.hdf5")
     output = report("labels", DATASETS=data, FRACTIONS="0.01")
     assert find_row(output, "hopper-own", "1%")["MLP: score"] == "4.0 ± 1.0"
-    assert "not in the picture: hopper-own, moved.hdf5" in output
+    assert "not to be loaded: hopper-own, moved.hdf5" in output
     assert not Path("results/labels.png").exists()
 
 
@@ -469,7 +475,7 @@ def test_the_first_picture_shows_the_imputed_rewards_of_the_run_itself(python, r
     assert num_labels == 4 and len(true) == len(imputed) == 396
     r2 = 1 - np.mean((imputed - true) ** 2) / np.var(true)
     assert r2 == pytest.approx(run.result["reward_model"]["r2"][0], abs=1e-5)
-    assert "not in the picture" not in report("table1", DATASETS=data)
+    assert "not to be loaded" not in report("table1", DATASETS=data)
     assert Path("results/overview.png").exists()
 
 
@@ -490,3 +496,8 @@ def test_without_a_finished_run_the_report_says_so(tmp_path):
     (tmp_path / "td3bc_imputed.py").touch()
     output = bash("report", "bundled", code=1, script=tmp_path / "benchmark.sh")
     assert "no finished run of bundled in runs/benchmark" in output
+
+
+def test_python_may_be_several_words(tmp_path):
+    output = bash("report", "bundled", 1, RUNS=tmp_path, PYTHON=f"env {sys.executable}")
+    assert "no finished run of bundled" in output

@@ -729,6 +729,18 @@ def test_rows_that_are_no_transition_are_completed_too(rows, few_steps):
     assert_allclose(full[~known], predicted[~known], rtol=1e-4, atol=1e-5)
 
 
+def test_rows_without_an_action_stay_unknown_and_are_counted(rows, few_steps, capsys):
+    """As a log may have them where an episode was cut off: an observation, and nothing else."""
+    cut_off = rows["timeouts"] == 1
+    rows["actions"][cut_off] = np.nan
+    rows["rewards"][cut_off] = np.nan
+    write_rows(rows)
+    run(f"{SOME} --output-path full.hdf5")
+    with h5py.File("full.hdf5") as file:
+        assert_array_equal(np.isnan(file["rewards"][()])[:, 0], cut_off)
+    assert f"unknown       {cut_off.sum()} rewards" in capsys.readouterr().out
+
+
 def test_a_d4rl_file_keeps_its_rows_and_its_rule(rows, few_steps, monkeypatch):
     path = Path("d4rl/hopper_medium-v2.hdf5")
     path.parent.mkdir()
@@ -794,6 +806,7 @@ def test_a_minari_source_becomes_a_minari_dataset_of_the_same_environment(reques
     source, made = (script.load_dataset(name) for name in ("tests/wide-v0", "my/full-v0"))
     assert (made.ref_min, made.ref_max) == (0.0, 60.0)
     assert made.env.env_spec == source.env.env_spec
+    assert made.env.action_space == source.env.action_space, "not what the log has of it"
     for name in (*TRANSITION, "next_observations"):
         assert_array_equal(getattr(made, name), getattr(source, name), name)
     labeled = draw_labels(source, 0.5, range(1))[0]
@@ -881,6 +894,27 @@ def test_mistakes_are_named_before_anything_is_fitted_or_written(
     with pytest.raises((script.UserError, OSError), match=message):
         run(options)
     assert {path.name for path in Path().iterdir()} <= {"own.hdf5", "minari"}
+
+
+def test_a_dataset_that_another_run_made_meanwhile_is_left_alone(few_steps, monkeypatch):
+    fit_reward_model = script.fit_reward_model
+
+    def make_other_meanwhile(*arguments):
+        if "tests/wide-v0" not in minari.list_local_datasets():
+            make_minari()
+        fit_reward_model(*arguments)
+
+    monkeypatch.setattr(script, "fit_reward_model", make_other_meanwhile)
+    with pytest.raises(script.UserError, match="tests/wide-v0 exists already"):
+        run(f"{SOME} --output-minari-id tests/wide-v0")
+    assert "tests/wide-v0" in minari.list_local_datasets()
+
+
+def test_a_file_beside_the_output_is_left_alone(few_steps):
+    Path("full.hdf5.tmp").write_text("mine")
+    with pytest.raises(script.UserError, match="my/name-v0"):
+        run(f"{SOME} --output-path full.hdf5 --output-minari-id imputed")
+    assert Path("full.hdf5.tmp").read_text() == "mine"
 
 
 def test_a_run_directory_is_never_overwritten(few_steps):
