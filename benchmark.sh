@@ -154,8 +154,8 @@ esac
 
 # The report, from the run directories.
 mapfile -t expected < <(run_dirs)
-# shellcheck disable=SC2086 # PYTHON may be several words
-MPLBACKEND=agg exec $python - "$target" "${expected[@]}" <<'PYTHON'
+export MPLBACKEND=agg
+eval "exec $python"' - "$target" "${expected[@]}"' <<'PYTHON'
 """A target's report, from its run directories: Markdown tables, a CSV file and pictures."""
 
 import csv
@@ -219,8 +219,8 @@ REWARD_COLORS = {  # Okabe & Ito's: the colour-blind tell them apart
     "mean": "#CC79A7",
 }
 # What must be the same for runs to stand in one table, beside the versions of the libraries. Not
-# compared are the options of one algorithm alone, when it was evaluated, and the scripts
-# themselves, whose hashes the report prints.
+# compared are the options of one algorithm alone, scale_rewards, device, compile, when it was
+# evaluated, and the scripts themselves, whose hashes the report prints.
 PROTOCOL = ["num_updates", "eval_episodes", "seed", "num_seeds", "batch_size", "learning_rate"]
 PROTOCOL += ["gamma", "tau", "matmul_precision", "reward_hidden_dim", "reward_epochs"]
 PROTOCOL += ["reward_learning_rate", "reward_batch_size"]

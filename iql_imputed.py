@@ -946,9 +946,9 @@ def make_task(dataset: Dataset, eval_env_id: str | None) -> Task:
         observation, _ = env.reset(seed=100)
         next_observation, reward, _, _, _ = env.step(middle.astype(task.low.dtype))
         float(reward)  # raises if it is no number
+        returned = [np.shape(observation), np.shape(next_observation)]
     except Exception as error:  # whatever another's environment raises
         raise UserError(f"{env.spec.id} fails in reset or step: {error!r}") from error
-    returned = [np.shape(observation), np.shape(next_observation)]
     expected = [env.observation_space.shape] * 2
     require(returned == expected, f"{env.spec.id} returns shapes {returned}, not {expected}")
     env.close()
@@ -1025,7 +1025,7 @@ def write_policies(actor: MLP, task: Task, seeds: range, run_dir: Path) -> list[
 def run_episode(path: Path, env_spec, seed: int, stopped: list) -> float | None:
     """Return of one deterministic episode of a policy's file; None if a signal stops it.
 
-    `stopped` is the list that signals_caught() fills; a worker's copy of it stays empty."""
+    `stopped` is the list that signals_caught() fills, or one that stays empty."""
     with np.load(path) as arrays:
         policy = Policy(arrays)
     env = make_env(env_spec)
@@ -1068,6 +1068,8 @@ def start_evaluation(workers: Executor, paths, task: Task, updates_done, args, s
     message."""
     if task.env_spec is None:
         return []
+    if args.eval_workers > 0:
+        stopped = []  # what workers have begun, they end: its scores belong in the checkpoint
     pending = []
     for k, path in enumerate(paths):
         # The same start states for every seed, and at every evaluation.
@@ -1399,7 +1401,7 @@ def check_arguments(args: Args) -> None:
 
 
 def check_common_arguments(args) -> None:
-    """Of the arguments that all three scripts have."""
+    """Of the device and the reward model, in all three scripts."""
     fraction = args.label_fraction
     require(fraction is None or 0 < fraction <= 1, "--label-fraction must be in (0, 1]")
     require(0 < args.reward_hidden_dim, "--reward-hidden-dim must be at least 1")

@@ -589,7 +589,8 @@ def sweep(dataset: Dataset, seeds: range, args: Args, device, run_dir: Path) -> 
             _, predicted = fit_and_predict(kind, dataset, labeled, seeds, args, device)
             r2 = judge(predicted, dataset, labeled)["r2"]
             row = {"labels": count, "model": kind}
-            row |= {"r2_mean": np.mean(r2), "r2_std": np.std(r2), "r2_worst": np.min(r2)}
+            with np.errstate(invalid="ignore"):  # of hidden rewards that are all equal, R2 is -inf
+                row |= {"r2_mean": np.mean(r2), "r2_std": np.std(r2), "r2_worst": np.min(r2)}
             table.append(row)
             print(f"{count:10,} labels   {kind:6s}   R2 {mean_std(r2)}")
     if not table:
@@ -610,7 +611,7 @@ def sweep_figure(table: list[dict]) -> Figure:
         std = [row["r2_std"] for row in rows]
         axes.errorbar(x, mean, std, color=color, fmt=style, capsize=3, label=title)
     axes.set(xscale="log", xlabel="labels", ylabel="$R^2$ on the hidden rewards")
-    lowest = min(row["r2_mean"] - row["r2_std"] for row in table)
+    lowest = min(np.nan_to_num(row["r2_worst"], posinf=0, neginf=0) for row in table)
     axes.set_ylim(np.clip(lowest, -1, -0.05), 1.02)  # the table has what is below -1
     axes.legend(loc="lower right")
     return figure
@@ -953,8 +954,6 @@ def read_episodes(args: Args, dataset: Dataset) -> list[dict[str, np.ndarray]]:
 
 def write_minari(args: Args, dataset: Dataset, labeled: np.ndarray, rewards: np.ndarray) -> None:
     """A Minari dataset of the same transitions with all rewards of the first seed."""
-    exists = args.output_minari_id in minari.list_local_datasets()  # made during the fit
-    require(not exists, f"--output-minari-id {args.output_minari_id} exists already")
     is_label = np.isin(np.arange(len(dataset.rewards)), labeled[0])
     buffers = []
     for episode in read_episodes(args, dataset):
@@ -972,6 +971,8 @@ def write_minari(args: Args, dataset: Dataset, labeled: np.ndarray, rewards: np.
     }
     text = f"{dataset.name} with imputed rewards; infos/labeled marks the {labeled.shape[1]} given"
     references = {"ref_min_score": dataset.ref_min, "ref_max_score": dataset.ref_max}
+    exists = args.output_minari_id in minari.list_local_datasets()  # made during the fit
+    require(not exists, f"--output-minari-id {args.output_minari_id} exists already")
     try:
         with warnings.catch_warnings(action="ignore"):  # that author, email and link are missing
             made = minari.create_dataset_from_buffers(
@@ -1174,7 +1175,7 @@ def check_arguments(args: Args) -> None:
 
 
 def check_common_arguments(args) -> None:
-    """Of the arguments that all three scripts have."""
+    """Of the device and the reward model, in all three scripts."""
     fraction = args.label_fraction
     require(fraction is None or 0 < fraction <= 1, "--label-fraction must be in (0, 1]")
     require(0 < args.reward_hidden_dim, "--reward-hidden-dim must be at least 1")
@@ -1264,9 +1265,9 @@ def main(args: Args) -> None:
         write_hdf5(source, args.output_path, columns, notes)
         num_labels = np.count_nonzero(columns["labeled"])
         print(f"written       {args.output_path}: {num_labels:,} labels, all else imputed")
-        num_unknown = np.count_nonzero(np.isnan(columns["rewards"]))
+        num_unknown = np.count_nonzero(~np.isfinite(columns["rewards"]))
         if num_unknown > 0:
-            print(f"unknown       {num_unknown:,} rewards: their observation or action is NaN")
+            print(f"unknown       {num_unknown:,} of them: the observation or action is NaN or inf")
     if args.output_minari_id:
         write_minari(args, dataset, labeled, rewards)
         print(

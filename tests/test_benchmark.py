@@ -499,5 +499,6 @@ def test_without_a_finished_run_the_report_says_so(tmp_path):
 
 
 def test_python_may_be_several_words(tmp_path):
-    output = bash("report", "bundled", 1, RUNS=tmp_path, PYTHON=f"env {sys.executable}")
+    python = f"env 'A=two words' {sys.executable}"
+    output = bash("report", "bundled", 1, RUNS=tmp_path, PYTHON=python)
     assert "no finished run of bundled" in output

@@ -686,6 +686,7 @@ BROKEN = {
     "observations in a row": (returning(np.zeros((1, 1))), "returns shapes"),
     "observations in a dict": (returning({"x": np.zeros(1)}), "returns shapes"),
     "no observation": (returning(None), "returns shapes"),
+    "observations of no shape": (returning([np.zeros(2), 0.5]), "fails in reset or step"),
     "two rewards": (returning(np.zeros(1), np.ones(2)), "fails in reset or step"),
     "no reward": (returning(np.zeros(1), None), "fails in reset or step"),
 }

@@ -738,7 +738,7 @@ def test_rows_without_an_action_stay_unknown_and_are_counted(rows, few_steps, ca
     run(f"{SOME} --output-path full.hdf5")
     with h5py.File("full.hdf5") as file:
         assert_array_equal(np.isnan(file["rewards"][()])[:, 0], cut_off)
-    assert f"unknown       {cut_off.sum()} rewards" in capsys.readouterr().out
+    assert f"unknown       {cut_off.sum()} of them" in capsys.readouterr().out
 
 
 def test_a_d4rl_file_keeps_its_rows_and_its_rule(rows, few_steps, monkeypatch):
@@ -850,6 +850,15 @@ def test_a_sweep_leaves_out_numbers_of_labels_that_are_all_equal(rows, few_steps
     assert 300 in swept
     assert 4 not in swept
     assert Path("full.hdf5").exists()
+
+
+def test_a_sweep_may_hide_a_single_reward_of_which_no_r2_is_known(rows, few_steps, recwarn):
+    rows["rewards"][11:] = np.nan
+    write_rows(rows)
+    run(f"{OWN} --run-dir run --sweep")
+    assert [row["r2_mean"] for row in read_json("run/result.json")["sweep"]] == 3 * [None]
+    assert Path("run/sweep.png").exists()
+    assert RuntimeWarning not in {warning.category for warning in recwarn}
 
 
 @pytest.mark.parametrize("unit", [1e-6, 1e9])

@@ -452,10 +452,10 @@ def test_a_process_that_is_stopped_goes_on_by_its_command_and_killed_by_the_same
 
 # --- Signals ---
 class LikeProcesses(ThreadPoolExecutor):
-    """Gets copies of its arguments, as worker processes do, and starts sooner."""
+    """Busy ones: they get a copy of a job's arguments when its result is waited for."""
 
     def submit(self, function, *arguments):
-        return super().submit(function, *copy.deepcopy(arguments))
+        return SimpleNamespace(result=lambda: function(*copy.deepcopy(arguments)))
 
 
 def signal_at_update(script, monkeypatch, number, at):
