@@ -1,34 +1,35 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: MIT
-# The paper's Table 1 and Figure 2, and more, out of one command:
+# The paper's Table 1 and Figure 2, and more, from one script:
 #
-#   bash benchmark.sh list table1      its commands, one a line
+#   bash benchmark.sh list table1      its commands, one per line
 #   bash benchmark.sh run table1       run those not finished; may be interrupted and repeated
 #   bash benchmark.sh report table1    Markdown tables; results/table1.csv and pictures beside it,
-#                                      which take the place of another target's
-#   sbatch --array=0-62%8 benchmark.sh run table1      on a SLURM cluster, one line of the list each
+#                                      which replace another target's
+#   sbatch --array=0-62%8 benchmark.sh run table1      on a SLURM cluster, one command per task
 #
 # Targets:
 #   table1     9 D4RL datasets x (all rewards, 1% labeled, 1% imputed) x (TD3+BC, IQL), and
 #              behaviour cloning: 63 runs; its report draws overview.png, figure2.png, curves.png
-#   figure2    2 of them: table1's runs, 14, and 1 more an agent with 5% labeled: 18 runs
-#   controls   those 9 with every hidden reward zero, or the mean of the labels, beside all and
-#              imputed rewards: 72 runs, 36 of them table1's
-#   labels     2 of them, TD3+BC imputed from few to many labels by the paper's reward model and by
-#              the Gaussian process, beyond the paper: 22 runs; its report draws labels.png
-#   bundled    table1 on the bundled dataset with 3 seeds and 10,000 updates, minutes on a laptop:
-#              7 runs
+#   figure2    2 of these datasets: their 14 runs of table1, and 4 more with 5% labeled: 18 runs
+#   controls   all 9 with every hidden reward set to zero or to the mean of the labels, and with all
+#              and with imputed rewards to compare: 72 runs, 36 of them table1's
+#   labels     the 2 of figure2: TD3+BC with rewards imputed from few to many labels, by the paper's
+#              reward model and by the Gaussian process (not in the paper): 22 runs; its report
+#              draws labels.png
+#   bundled    table1 on the bundled dataset with 3 seeds and 10,000 updates, half an hour on two
+#              cores: 7 runs
 #
-# Settings, from the environment:
+# Settings, from the environment (defaults in parentheses):
 #   DATASETS   a folder of D4RL-schema files that replace the target's datasets (named
 #              halfcheetah-*.hdf5, hopper-*.hdf5, walker2d-*.hdf5, or after any other Gymnasium
 #              environment)
 #   JOBS       runs at a time (1)
-#   SEEDS      (5)
-#   UPDATES    (1000000)
-#   FRACTIONS  of transitions labelled, in the target labels (0.00003 0.0001 0.0003 0.001 0.01);
+#   SEEDS      seeds of each run (5; bundled: 3)
+#   UPDATES    updates of each run (1000000; bundled: 10000)
+#   FRACTIONS  of labelled transitions, for the target labels (0.00003 0.0001 0.0003 0.001 0.01);
 #              0.00005 0.00015 0.0005 0.0015 0.005 are 10 to 1,000 labels of 200,000 transitions
-#   OPTIONS    for every run, such as --eval-workers 8
+#   OPTIONS    more options for every run, such as --eval-workers 8
 #   RUNS       where the run directories are (runs/benchmark, beside this script)
 #   PYTHON     (python); may be several words, such as
 #              "uv run --with-requirements requirements.txt python"
@@ -477,7 +478,7 @@ def load_dataset(run):
         with redirect_stdout(sys.stderr):  # the report is what goes to stdout
             return td3bc_imputed.load_dataset(run.config["env_id"], path and Path(path))
     except td3bc_imputed.UserError as error:
-        print(f"- not to be loaded: {run.dataset}, {error}\n")
+        print(f"- cannot be loaded: {run.dataset}, {error}\n")
 
 
 def count_labels(runs, datasets, fractions):

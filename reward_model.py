@@ -7,7 +7,7 @@
 #   "wandb>=0.19,<1", "matplotlib>=3.9,<4", "pytest>=8,<10"
 # ]
 # ///
-"""Fit, judge and apply a reward model to a dataset of which only a few transitions have a reward.
+"""Fit, judge and apply a reward model to a dataset in which only a few transitions have a reward.
 
 1. Load transitions; hide the rewards of all but 1% of them.
 2. Fit reward models f(s, a) to that 1%: the paper's (Eq. 4), a Gaussian process, a linear one.
@@ -60,14 +60,14 @@ class Args:
     # Data
 
     env_id: str | None = None  # a D4RL name or a Minari id (none: the bundled dataset)
-    dataset_path: Path | None = None  # a D4RL-schema HDF5 file; env_id is its simulator, if any
+    dataset_path: Path | None = None  # a D4RL-schema HDF5 file; env_id is its simulator, if given
 
     # Rewards
 
     label_fraction: float | None = None  # share of known rewards shown (0.01; 1 if some are NaN)
-    reward_model: Literal["mlp", "gp"] = "mlp"  # the paper's; or a Gaussian process, for few labels
+    reward_model: Literal["mlp", "gp"] = "mlp"  # mlp: the paper's; gp: Gaussian process, few labels
     reward_hidden_dim: int = 256  # width of the MLP's two hidden layers
-    reward_epochs: int = 300  # its passes over the labelled transitions
+    reward_epochs: int = 300  # the MLP's passes over the labelled transitions
     reward_learning_rate: float = 1e-4  # Adam's, for the MLP
     reward_batch_size: int = 64  # labelled transitions in a batch
     sweep: bool = False  # also judge all models at 10, 30, 100, 300, 1,000 labels and at 1%
@@ -135,7 +135,7 @@ class BatchedLinear(nn.Module):
 
 
 def join(widths: list[int], *inputs: torch.Tensor) -> torch.Tensor:
-    """Inputs side by side, (seeds, batch, sum of widths); wrong ones are an error."""
+    """Inputs side by side, (seeds, batch, sum of widths); an error if the widths are wrong."""
     found = [x.shape[-1] for x in inputs]
     assert found == widths, f"inputs have widths {found}, not {widths}"
     return torch.cat(inputs, dim=-1)
@@ -168,7 +168,7 @@ def make_generators(seeds: range, stream: int) -> list[torch.Generator]:
 
 
 def mean_and_std(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of each column; in float64, since a mean far from 0 has few digits left in float32."""
+    """Of each column, in float64: float32 loses digits where the mean is far from 0."""
     std, mean = torch.std_mean(rows.double(), dim=0, correction=0)
     return mean, std
 
@@ -209,8 +209,8 @@ class RewardModel(nn.Module):
         # Float64, so that standardising labels that lie far from 0 loses no digits.
         self.register_buffer("reward_mean", reward_mean.unsqueeze(1))
         self.register_buffer("reward_std", reward_std.unsqueeze(1))
-        # Observations and actions are known without labels, so all of them normalise. The std of
-        # a feature that is nearly always the same is tiny: take at least 1/1000 of its range.
+        # Observations and actions are known without labels, so the normaliser uses all of them. The
+        # std of a feature that is nearly constant is tiny: take at least 1/1000 of its range.
         observations, actions = map(torch.from_numpy, (dataset.observations, dataset.actions))
         widths = [observations.shape[1], actions.shape[1]]
         mean, std = mean_and_std(observations)
@@ -299,7 +299,8 @@ def imputation_quality(imputed: np.ndarray, dataset: Dataset, labeled: np.ndarra
     """How well each seed's imputed rewards match the hidden ones, which no agent sees.
 
     None if no known reward is hidden; a measure is NaN or infinite where the values it compares
-    are all equal. Returns are those of episodes whose rewards are all known, labels included."""
+    are all equal. Returns are compared on episodes whose rewards are all known; an imputed return
+    includes the labelled rewards."""
     known = ~np.isnan(dataset.rewards)
     if np.count_nonzero(known) == labeled.shape[1]:  # all that is known is labelled
         return None
@@ -321,19 +322,19 @@ def imputation_quality(imputed: np.ndarray, dataset: Dataset, labeled: np.ndarra
     return quality
 
 
-# --- Gaussian process: another reward model, for few labels (not of the paper) ---
+# --- Gaussian process: another reward model, for few labels (not in the paper) ---
 class GaussianProcess(nn.Module):
     """Bayesian linear regression plus a smooth function, once per seed, for --reward-model gp.
 
     Equations are numbered as in Rasmussen & Williams (2006), Gaussian Processes for Machine
     Learning.
 
-    f(x) = b + sum_j w_j x_j + g(x) for x = (s, a). All three are random before any label is seen:
-    a constant b ~ N(0, 1); slopes w_j ~ N(0, linear * r_j), where linear is common to all inputs
-    and r_j is the relevance of input j; and a smooth g (RBF kernel of variance smooth, a length
-    l_j for each input). Then f(x) and f(z) have the covariance k(x, z) =
+    f(x) = b + sum_j w_j x_j + g(x) for x = (s, a). Before any label is seen, all three terms are
+    random: a constant b ~ N(0, 1); slopes w_j ~ N(0, linear * r_j), where `linear` is common to all
+    inputs and r_j is the relevance of input j; and a smooth g (an RBF kernel with variance `smooth`
+    and a length l_j for each input). Then f(x) and f(z) have the covariance k(x, z) =
         1 + linear * sum_j r_j x_j z_j + smooth * exp(-sum_j (x_j - z_j)^2 / (2 l_j^2)).
-    After labels y = f(X) + N(0, noise), the mean of f is
+    Given labels y = f(X) + N(0, noise), the mean of f is
         f(x) = k(x, X) @ weights  with  weights = (k(X, X) + noise I)^-1 y.    (2.25)
     The numbers noise, linear, r_j, smooth and l_j are found by fit()."""
 
@@ -348,8 +349,8 @@ class GaussianProcess(nn.Module):
         self.register_buffer("x", torch.zeros(num_seeds, num_labels, in_dim).double())
         self.register_buffer("weights", torch.zeros(num_seeds, num_labels, 1).double())
 
-        # Logarithms keep them positive. They start at a guess for inputs and labels of variance 1,
-        # with which the sums over the inputs are of order 1.
+        # Stored as logarithms, these numbers stay positive. They start at a guess for inputs and
+        # labels of variance 1, with which the sums over the inputs are of order 1.
         one = torch.ones(num_seeds, 1, 1).double()
         each_input = torch.ones(num_seeds, 1, in_dim).double()
         self.log_noise = nn.Parameter(-1 * one)
@@ -376,7 +377,7 @@ class GaussianProcess(nn.Module):
         return torch.linalg.cholesky(self.kernel(x, x) + noise * torch.eye(x.shape[1]).to(x))
 
     def fit(self, observations, actions, rewards) -> None:
-        """Find the parameters under which the labels are most plausible, then the weights."""
+        """Find the most plausible parameters given the labels, then the weights."""
         x, y = self.inputs(observations, actions), rewards.double().unsqueeze(-1)
         # If there are more labels than self.x holds, take some from all over the log: they are
         # sorted by row.
@@ -387,14 +388,14 @@ class GaussianProcess(nn.Module):
         prior_means = [parameter.detach().clone() for parameter in self.parameters()]
         optimizer = torch.optim.Adam(self.parameters(), lr=0.1)
         for _ in range(100):
-            # -log p(y | parameters), but for a constant (2.30): y^T (L L^T)^-1 y / 2, which is
+            # -log p(y | parameters), up to a constant (2.30): y^T (L L^T)^-1 y / 2, which is
             # |L^-1 y|^2 / 2, and log det(L L^T) / 2, which is the sum of log L_ii.
             L = self.cholesky(x[:, few])
             white = torch.linalg.solve_triangular(L, y[:, few], upper=False)
             loss = white.square().sum() / 2 + L.diagonal(dim1=1, dim2=2).log().sum()
-            # -log p(parameters): each is normal with variance 1 around where it started. (Though k
-            # has only the product linear * r_j, there are both: moving linear scales all slopes at
-            # the price of one parameter.)
+            # -log p(parameters): each is normal with variance 1 around where it started. (k depends
+            # only on the products linear * r_j. Having linear as well lets the fit scale all slopes
+            # at the price of moving one parameter.)
             for parameter, prior_mean in zip(self.parameters(), prior_means):
                 loss = loss + (parameter - prior_mean).square().sum() / 2
             optimizer.zero_grad()
@@ -445,9 +446,9 @@ def judge(predicted: np.ndarray, dataset: Dataset, labeled: np.ndarray) -> dict[
 
 @torch.no_grad()
 def posterior_std(reward_model: RewardModel, observations, actions) -> torch.Tensor:
-    """How far a reward may be from its expectation f(s, a), one standard deviation, (seeds, batch).
+    """One standard deviation of a reward around its expectation f(s, a), (seeds, batch).
 
-    That of f by equation 2.26 of Rasmussen & Williams (2006), and the noise of the labels."""
+    The variance of f, equation 2.26 of Rasmussen & Williams (2006), plus the labels' noise."""
     gp = reward_model.model
     x = gp.inputs(observations, actions)
     L = gp.cholesky(gp.x)
@@ -669,9 +670,9 @@ def load_dataset(env_id: str | None = None, dataset_path: Path | None = None) ->
 
 
 def find_simulator(env_id: str | None) -> tuple[str | None, float, float]:
-    """Simulator and reference returns of one's own file, by a D4RL name or a Gymnasium id."""
+    """Simulator and reference returns for a user's own file, by a D4RL name or a Gymnasium id."""
     without_references = (env_id, np.nan, np.nan)
-    if env_id is None or env_id in gym.registry:  # one's own may be called hopper-..., too
+    if env_id is None or env_id in gym.registry:  # a user's own may be called hopper-..., too
         return without_references
     return D4RL_TASKS.get(env_id.split("-")[0], without_references)
 
@@ -714,11 +715,12 @@ def download(path: Path, sha256: str) -> None:
 
 
 def read_hdf5(path: Path, follow_d4rl: bool) -> dict[str, np.ndarray]:
-    """The columns of Dataset from a D4RL-schema file, by D4RL's rule or that for one's own logs."""
+    """The columns of Dataset from a D4RL-schema file, by D4RL's rule or the one for users' logs."""
     arrays = read_columns(path)
     terminals, timeouts = find_ends(path, arrays)
     is_kept = find_transitions(arrays, terminals, timeouts, follow_d4rl)
-    # The next row's; wrong at an episode's end, which is dropped, or terminal and not looked at.
+    # Those of the next row. At an episode's end they are wrong, but such a row is either dropped
+    # or terminal, and then its next observation does not count.
     next_observations = np.append(arrays["observations"][1:], arrays["observations"][-1:], axis=0)
     if not follow_d4rl:
         next_observations = arrays.get("next_observations", next_observations)
@@ -747,7 +749,7 @@ def read_columns(path: Path) -> dict[str, np.ndarray]:
     try:
         with h5py.File(path, "r") as file:
             missing = [key for key in keys if key not in file]
-            require(not missing, f"{path} has no {', '.join(missing)}, but {', '.join(file)}")
+            require(not missing, f"{path} has no {', '.join(missing)}, but only {', '.join(file)}")
             keys += [key for key in ("timeouts", "next_observations") if key in file]
             columns = {key: file[key] for key in keys}
             check_layout(path, columns)
@@ -755,7 +757,7 @@ def read_columns(path: Path) -> dict[str, np.ndarray]:
     except UserError:
         raise
     except Exception as error:  # whatever h5py raises, the file is at fault
-        message = f"{path} is no readable HDF5 file with {', '.join(keys)}: {error}"
+        message = f"{path} is not a readable HDF5 file with {', '.join(keys)}: {error}"
         raise UserError(message) from error
     for key in ("rewards", "terminals", "timeouts"):
         if key in arrays:
@@ -767,7 +769,7 @@ def check_layout(path: Path, columns: dict[str, h5py.Dataset]) -> None:
     """Refuse what is no table of numbers, before anything is read into memory."""
     for key, column in columns.items():
         is_array = isinstance(column, h5py.Dataset) and column.shape is not None
-        require(is_array and column.dtype.kind in "fiub", f"{path}: {key} is no array of numbers")
+        require(is_array and column.dtype.kind in "fiub", f"{path}: {key} is not a numeric array")
         wrong_shape = f"{path} has wrong shapes: {key} is {column.shape}"
         if key not in ("observations", "actions", "next_observations"):
             require(column.ndim > 0 and column.shape[1:] in ((), (1,)), wrong_shape)
@@ -795,10 +797,10 @@ def find_ends(path: Path, arrays: dict[str, np.ndarray]) -> tuple[np.ndarray, np
     terminals = arrays["terminals"] != 0
     if "timeouts" in arrays:
         return terminals, arrays["timeouts"] != 0
-    if "next_observations" in arrays:  # a cut is where the next row begins with something else
-        following = np.roll(arrays["observations"], -1, axis=0)  # the last row's is the first
+    if "next_observations" in arrays:  # a cut is where the next row starts from another observation
+        following = np.roll(arrays["observations"], -1, axis=0)  # after the last row, the first
         is_cut = (arrays["next_observations"] != following).any(axis=1)
-        if is_cut.mean() > 0.5:  # rows shuffled or left out: nearly each would be an episode
+        if is_cut.mean() > 0.5:  # rows shuffled or left out: most would be episodes of their own
             is_cut[:] = False
         return terminals, is_cut
     require(
@@ -813,7 +815,7 @@ def find_transitions(arrays: dict, terminals, timeouts, follow_d4rl: bool) -> np
     """The rows that are whole transitions, (rows,), bool."""
     has_next = ~timeouts  # after a timeout, the next row belongs to another episode
     has_next[-1:] = False
-    if follow_d4rl:  # drops the last row and all timeouts, and so does every published score
+    if follow_d4rl:  # drops the last row and all timeouts, as for every published score
         return has_next
     if "next_observations" in arrays:
         return np.ones_like(has_next)
@@ -930,7 +932,8 @@ def read_episodes(args: Args, dataset: Dataset) -> list[dict[str, np.ndarray]]:
     knows_final = is_minari(args)
     if args.dataset_path:
         knows_final = "next_observations" in read_columns(args.dataset_path)
-    # A new episode, too, where a row does not begin with the row before it ends with.
+    # A new episode also begins where a row does not start from the observation with which the
+    # row before it ended.
     follows = (dataset.next_observations[:-1] == dataset.observations[1:]).all(axis=1)
     follows &= np.diff(dataset.episode_ids) == 0
     episodes = []
@@ -999,7 +1002,7 @@ def find_env_spec(env: str | minari.MinariDataset | None) -> gym.envs.registrati
 # --- Run directory ---
 @contextmanager
 def replacing(path: Path):
-    """A file to write beside `path` that takes its place: a reader finds the old or the new."""
+    """A file to write beside `path`, which it then replaces: no reader ever finds half a file."""
     temporary = path.with_name(f"{path.name}.tmp")
     try:
         with open(temporary, "wb") as file:
@@ -1068,7 +1071,7 @@ def choose_precision(name: str, device: torch.device, resumed: dict | None) -> s
         return name
     # On x86, medium hands products to oneDNN, often the faster library, which rounds them to
     # bfloat16 only where the processor has AMX.
-    cpu = torch.cpu.get_capabilities()  # where it does not say, it may have AMX
+    cpu = torch.cpu.get_capabilities()  # if it does not say, assume AMX
     may_round = cpu.get("amx_bf16", True) or cpu.get("architecture") != "x86_64"
     fastest = "medium" if device.type == "cpu" and not may_round else "highest"
     if resumed is None:
@@ -1076,14 +1079,14 @@ def choose_precision(name: str, device: torch.device, resumed: dict | None) -> s
     before = resumed["config"]["matmul_precision"]
     require(
         before in ("highest", fastest),  # highest is float32 anywhere
-        f"the run began with --matmul-precision {before}, which is less than float32 on this "
-        "machine: give that option to go on all the same",
+        f"the run began with --matmul-precision {before}, which may be less than float32 on this "
+        "machine: give that option again to resume anyway",
     )
     return before
 
 
 def choose_compile(choice: str, num_updates: int) -> bool:
-    """Whether to compile: 22 s on two cores, which 10,000 to 20,000 updates win back."""
+    """Whether to compile: it takes 22 s on two cores, won back in 10,000 to 20,000 updates."""
     compiler = shutil.which(os.environ.get("CXX", "g++"))
     pays = num_updates >= 25_000 and compiler is not None
     return choice == "on" or (choice == "auto" and pays)
@@ -1114,7 +1117,7 @@ def compiled(function):
 
 compiled.on = False  # set_speed() decides
 
-# The functions where the time goes. Every call, those above too, finds the wrapped version.
+# The functions that take the time. Every call, including those above, finds the wrapped version.
 gather = compiled(gather)
 reward_backward = compiled(reward_backward)
 
@@ -1175,7 +1178,7 @@ def check_arguments(args: Args) -> None:
 
 
 def check_common_arguments(args) -> None:
-    """Of the device and the reward model, in all three scripts."""
+    """Checks of the device and the reward model, the same in all three scripts."""
     fraction = args.label_fraction
     require(fraction is None or 0 < fraction <= 1, "--label-fraction must be in (0, 1]")
     require(0 < args.reward_hidden_dim, "--reward-hidden-dim must be at least 1")
@@ -1267,7 +1270,7 @@ def main(args: Args) -> None:
         print(f"written       {args.output_path}: {num_labels:,} labels, all else imputed")
         num_unknown = np.count_nonzero(~np.isfinite(columns["rewards"]))
         if num_unknown > 0:
-            print(f"unknown       {num_unknown:,} of them: the observation or action is NaN or inf")
+            print(f"unknown       {num_unknown:,} rewards: observation or action is NaN or inf")
     if args.output_minari_id:
         write_minari(args, dataset, labeled, rewards)
         print(
@@ -1278,7 +1281,7 @@ def main(args: Args) -> None:
 
 if __name__ == "__main__":
     for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # each line at once; ± in any locale
+        if hasattr(stream, "reconfigure"):  # each line at once; ± is no error in any locale
             stream.reconfigure(line_buffering=True, errors="replace")
     try:
         main(tyro.cli(Args, description=__doc__))

@@ -458,7 +458,7 @@ def test_labels_without_the_dataset_has_its_table_and_says_what_is_not_drawn(rep
     make_run(tmp_path, "hopper-own__td3bc__imputed__0.01", [3.0, 5.0], dataset_path="moved.hdf5")
     output = report("labels", DATASETS=data, FRACTIONS="0.01")
     assert find_row(output, "hopper-own", "1%")["MLP: score"] == "4.0 ± 1.0"
-    assert "not to be loaded: hopper-own, moved.hdf5" in output
+    assert "cannot be loaded: hopper-own, moved.hdf5" in output
     assert not Path("results/labels.png").exists()
 
 
@@ -475,7 +475,7 @@ def test_the_first_picture_shows_the_imputed_rewards_of_the_run_itself(python, r
     assert num_labels == 4 and len(true) == len(imputed) == 396
     r2 = 1 - np.mean((imputed - true) ** 2) / np.var(true)
     assert r2 == pytest.approx(run.result["reward_model"]["r2"][0], abs=1e-5)
-    assert "not to be loaded" not in report("table1", DATASETS=data)
+    assert "cannot be loaded" not in report("table1", DATASETS=data)
     assert Path("results/overview.png").exists()
 
 

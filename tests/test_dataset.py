@@ -1078,13 +1078,13 @@ BAD_COLUMNS = {
     "rewards in columns": ({"rewards": np.zeros((60, 2))}, "shapes: rewards"),
     "rewards in a row": ({"rewards": np.zeros((1, 60))}, "shapes: rewards"),
     "scalar rewards": ({"rewards": 1.0}, "shapes: rewards"),
-    "strings": ({"actions": np.array([[b"left"] * 3] * 60)}, "actions is no array of numbers"),
-    "complex rewards": ({"rewards": np.zeros(60, complex)}, "rewards is no array of numbers"),
-    "a group": ({"actions": write_group}, "actions is no array of numbers"),
-    "a group of timeouts": ({"timeouts": write_group}, "timeouts is no array of numbers"),
-    "an empty column": ({"rewards": write_empty}, "rewards is no array of numbers"),
-    "a type": ({"rewards": write_type}, "rewards is no array of numbers"),
-    "a dead link": ({"rewards": link_nowhere}, "no readable HDF5 file with .*rewards"),
+    "strings": ({"actions": np.array([[b"left"] * 3] * 60)}, "actions is not a numeric array"),
+    "complex rewards": ({"rewards": np.zeros(60, complex)}, "rewards is not a numeric array"),
+    "a group": ({"actions": write_group}, "actions is not a numeric array"),
+    "a group of timeouts": ({"timeouts": write_group}, "timeouts is not a numeric array"),
+    "an empty column": ({"rewards": write_empty}, "rewards is not a numeric array"),
+    "a type": ({"rewards": write_type}, "rewards is not a numeric array"),
+    "a dead link": ({"rewards": link_nowhere}, "not a readable HDF5 file with .*rewards"),
     "no rows": (first_rows(0), "no transitions"),
     "one row": (first_rows(1), "label.* on rows whose next observation is unknown"),
     "only timeouts": (
@@ -1114,7 +1114,7 @@ def test_a_missing_column_is_named(key):
 def test_a_truncated_file_is_refused(tenth):
     content = BUNDLED.read_bytes()
     Path("cut.hdf5").write_bytes(content[: len(content) * tenth // 10])
-    with pytest.raises(script.UserError, match="no readable HDF5"):
+    with pytest.raises(script.UserError, match="not a readable HDF5"):
         script.load_dataset("halfcheetah-own", Path("cut.hdf5"))
 
 
@@ -1134,7 +1134,7 @@ def test_what_is_no_hdf5_file_is_refused(kind):
         path.write_bytes(buffer.getvalue())
     elif kind == "folder":
         path.mkdir()
-    with pytest.raises(script.UserError, match="other.hdf5 is no readable HDF5 file"):
+    with pytest.raises(script.UserError, match="other.hdf5 is not a readable HDF5 file"):
         script.load_dataset(None, path)
 
 

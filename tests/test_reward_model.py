@@ -738,7 +738,7 @@ def test_rows_without_an_action_stay_unknown_and_are_counted(rows, few_steps, ca
     run(f"{SOME} --output-path full.hdf5")
     with h5py.File("full.hdf5") as file:
         assert_array_equal(np.isnan(file["rewards"][()])[:, 0], cut_off)
-    assert f"unknown       {cut_off.sum()} of them" in capsys.readouterr().out
+    assert f"unknown       {cut_off.sum()} rewards" in capsys.readouterr().out
 
 
 def test_a_d4rl_file_keeps_its_rows_and_its_rule(rows, few_steps, monkeypatch):

@@ -345,7 +345,7 @@ def test_a_run_directory_is_never_overwritten(script, capsys):
     train_own(script, options)
     before = {path: path.read_bytes() for path in Path("run").iterdir()}
     assert read_json("run/config.json")["device"] in ("cpu", "cuda"), "it cannot go on elsewhere"
-    with pytest.raises(script.UserError, match="already holds a run: --resume, or another"):
+    with pytest.raises(script.UserError, match="already holds a run: use --resume or another"):
         train_own(script, options)
     capsys.readouterr()
     train_own(script, f"{options} --resume")
@@ -435,7 +435,7 @@ def test_a_process_that_is_stopped_goes_on_by_its_command_and_killed_by_the_same
     process.send_signal(signal.SIGINT)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 130, output
-    command = output.splitlines()[-1].split("; go on with: ")[1]
+    command = output.splitlines()[-1].split("; resume with: ")[1]
     assert command.endswith(f"{options} --run-dir=run --resume")
 
     num_scores = len(read_scores("run"))
@@ -478,7 +478,7 @@ def stop(script, options, monkeypatch, capsys):
     with pytest.raises(SystemExit) as end:
         train(script, options)
     last = capsys.readouterr().out.splitlines()[-1]
-    command = re.fullmatch(r"stopped at [\d,]+; go on with: (.*)", last)[1]
+    command = re.fullmatch(r"stopped after [\d,]+ updates; resume with: (.*)", last)[1]
     python, path, *arguments = shlex.split(command)
     assert (python, path) == (sys.executable, script.__file__)
     return end.value.code, shlex.join(arguments)
