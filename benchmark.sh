@@ -235,7 +235,7 @@ class Run(NamedTuple):
     setting: str  # algorithm, rewards, fraction of labels: "td3bc imputed 0.01"
     config: dict
     result: dict
-    scores: list  # each seed's last evaluation
+    scores: np.ndarray  # each seed's last evaluation
 
 
 # Below, `runs` are those of one protocol, {(dataset, setting): Run}.
@@ -250,7 +250,8 @@ def split_name(path):
 def read_run(path):
     config = json.loads((path / "config.json").read_text())
     result = json.loads((path / "result.json").read_text())
-    return Run(path, *split_name(path), config, result, result["per_seed"])
+    scores = np.array(result["per_seed"], float)  # what is null there was NaN
+    return Run(path, *split_name(path), config, result, scores)
 
 
 def protocol(run):

@@ -182,6 +182,24 @@ def layers_of(network):
     return [network.layer1, network.layer2, network.layer3]
 
 
+def parts_that_change(script, **options):
+    """The networks that an update with these options leaves otherwise than one without them."""
+
+    def one_update(**options):
+        data, args = random_transitions(script), script.Args(batch_size=32, **options)
+        agent = script.Agent(data, script.make_generators(range(2), stream=2), args)
+        script.update(agent, data, torch.Generator().manual_seed(3), args)
+        return parameters_of(agent, 0)
+
+    plain, changed = one_update(), one_update(**options)
+    return {name.split(".")[0] for name in plain.keys() - equal_parts(plain, changed)}
+
+
+def learning_rates(agent):
+    optimizers = [part for part in vars(agent).values() if isinstance(part, torch.optim.Adam)]
+    return [float(optimizer.param_groups[0]["lr"]) for optimizer in optimizers]
+
+
 def parameters_of(agent, seed):
     """A copy of every weight and bias of one seed of an agent, by name."""
     parameters = {}
@@ -216,10 +234,10 @@ def copy_seed(agent, reference, seed):
 
 
 def assert_equal_up_to_rounding(agent, reference, seed):
-    """In float64 every weight to 1e-10, in float32 every tensor to 1e-5 of its norm."""
+    """In float64 every weight to 1e-10, in float32 every tensor to 1e-4 of its norm."""
     for ours, theirs in paired_parameters(agent, reference, seed):
         difference = ours - theirs
         if ours.dtype == torch.float64:
             assert difference.abs().max() < 1e-10
         else:
-            assert difference.norm() < 1e-5 * theirs.norm()
+            assert difference.norm() < 1e-4 * theirs.norm()

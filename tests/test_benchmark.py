@@ -87,6 +87,14 @@ def test_a_run_that_two_targets_need_is_the_same_line_in_both(target, shared):
     assert len(set(list_commands("table1")) & set(list_commands(target))) == shared
 
 
+def test_the_lines_of_figure2_and_bundled_have_their_settings():
+    runs = [parse(command)[1] for command in list_commands("figure2")]
+    assert {args.label_fraction for args in runs if args.rewards == "labeled"} == {0.01, 0.05}
+    for command in list_commands("bundled"):
+        args = parse(command)[1]
+        assert (args.num_seeds, args.num_updates, args.eval_freq) == (3, 10_000, 1_000)
+
+
 def test_controls_are_both_agents_with_zeros_and_means_on_every_dataset():
     runs = [parse(command) for command in list_commands("controls")]
     for rewards in ("oracle", "imputed", "zero", "mean"):
@@ -118,10 +126,13 @@ def test_a_folder_of_files_replaces_the_datasets(tmp_path):
     assert start in commands[0]
 
 
-def test_runs_are_in_the_folder_that_the_caller_means(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    for line in list_commands("bundled", RUNS="mine"):
-        assert parse(line)[1].run_dir.parent == tmp_path / "mine"
+def test_folders_are_those_that_the_caller_means_and_may_have_spaces(tmp_path):
+    (tmp_path / "my data").mkdir()
+    (tmp_path / "my data" / "hopper-own.hdf5").touch()
+    for line in list_commands("table1", DATASETS="my data", RUNS="my runs"):
+        args = parse(line)[1]
+        assert args.dataset_path == tmp_path / "my data" / "hopper-own.hdf5"
+        assert args.run_dir.parent == tmp_path / "my runs"
 
 
 @pytest.mark.parametrize("words", [("list", "table2"), ("start", "table1"), ("", "")])
@@ -197,6 +208,28 @@ def test_jobs_share_the_cores(stand_in, tmp_path):
     (tmp_path / "repaired").touch()
     bash("run", "bundled", JOBS=10_000, **stand_in)
     assert {call.split()[0] for call in calls(tmp_path)} == {"1"}
+
+
+def test_jobs_share_the_cores_of_a_slurm_task(stand_in, tmp_path):
+    (tmp_path / "repaired").touch()
+    bash("run", "bundled", JOBS=2, SLURM_CPUS_PER_TASK=14, **stand_in)
+    assert {call.split()[0] for call in calls(tmp_path)} == {"7"}
+
+
+def test_a_run_that_sigterm_stopped_is_the_last(stand_in, tmp_path):
+    text = (tmp_path / "stand_in.sh").read_text()
+    (tmp_path / "stand_in.sh").write_text(text.replace("mkdir -p", "exit 143; mkdir -p"))
+    bash("run", "bundled", code=130, **stand_in)
+    assert len(calls(tmp_path)) == 1
+
+
+def test_a_repeated_run_adds_to_its_log(stand_in, tmp_path):
+    bash("run", "bundled", code=1, JOBS=2, **stand_in)
+    log = tmp_path / "runs" / f"{MINI}__iql__oracle__1.log"
+    log.write_text("why it failed\n")
+    (tmp_path / "repaired").touch()
+    bash("run", "bundled", JOBS=2, **stand_in)
+    assert log.read_text().startswith("why it failed\n")
 
 
 def test_an_interrupted_run_stops_and_goes_on_when_repeated(stand_in, tmp_path):
@@ -323,6 +356,24 @@ def test_the_report_has_the_statistics_known_by_hand(known):
     assert labeled["tasks"] == "2"
 
 
+def test_the_interval_holds_95_of_100_resamples(python):
+    """Of three draws from 0, 0 and 1, one in 27 has three ones, and eight in 27 three zeros."""
+    assert tuple(python.interval(np.array([[0.0, 0.0, 1.0]]))) == (0, 1)
+
+
+def test_the_figures_of_the_paper_are_all_right(python):
+    """By the sums of the columns of its Table 1."""
+    paper = python.read_scores(python.PAPER, python.PAPER_SETTINGS)
+    sums = {name: sum(paper[key] for key in paper if key[1] == name) for _, name in paper}
+    assert list(sums) == python.PAPER_SETTINGS
+    expected = [466.7, 677.4, 692.6, 82.66, 103.56, 616.59, 439.42]
+    assert list(sums.values()) == pytest.approx(expected)
+
+
+def test_names_of_datasets_may_hold_the_separator(python):
+    assert python.split_name(Path("a__b__iql__oracle__1")) == ("a__b", "iql oracle 1")
+
+
 def test_the_figures_of_the_paper_and_of_corl_stand_in_brackets(known):
     _, output = known
     hopper = find_row(output, "hopper-medium-v2")
@@ -376,6 +427,23 @@ def test_runs_of_another_protocol_are_left_out_and_named(report, tmp_path):
     assert "3 of 7 runs" in output and "99.0" not in output
     assert f"- left out, num_updates 40: runs/benchmark/{MINI}__td3bc__imputed" in output
     assert f"- left out, torch 1.0: runs/benchmark/{MINI}__iql__imputed" in output
+
+
+@pytest.mark.parametrize("name", ["gamma", "tau", "seed", "learning_rate", "reward_epochs"])
+def test_a_run_with_another_option_is_of_another_protocol(report, tmp_path, name):
+    make_run(tmp_path, f"{MINI}__td3bc__oracle__1", [1.0, 2.0, 3.0])
+    make_run(tmp_path, f"{MINI}__iql__oracle__1", [1.0, 2.0, 3.0])
+    make_run(tmp_path, f"{MINI}__bc__oracle__1", [99.0] * 3, **{name: 7})
+    assert f"- left out, {name} 7" in report("bundled")
+
+
+def test_a_return_that_is_not_a_number_is_no_traceback(report, tmp_path):
+    make_run(tmp_path, f"{MINI}__td3bc__oracle__1", [1.0, 2.0, 3.0], mean=None, std=None)
+    path = Path(f"runs/benchmark/{MINI}__td3bc__oracle__1/result.json")
+    path.write_text(path.read_text().replace('"per_seed": [1.0', '"per_seed": [null'))
+    make_run(tmp_path, f"{MINI}__iql__oracle__1", [1.0, 2.0, 3.0])
+    row = find_row(report("bundled"), MINI)
+    assert row["TD3+BC 100%"] == "nan ± nan" and row["IQL 100%"] == "2.0 ± 0.8"
 
 
 @pytest.mark.parametrize(
@@ -489,6 +557,31 @@ def test_raw_returns_are_not_averaged_over_tasks(report, tmp_path):
     make_run(tmp_path, "hopper-medium-v2__td3bc__oracle__1", [1.0, 2.0], metric="return")
     output = report("table1")
     assert "1.5 ± 0.5" in output and "average" not in output and "IQM" not in output
+    make_run(tmp_path, "walker2d-medium-v2__td3bc__oracle__1", [1.0, 2.0])
+    assert "IQM" not in report("table1"), "a return and a score"
+
+
+def test_curves_of_returns_are_returns(python, tmp_path):
+    make_run(tmp_path, "hopper-own__td3bc__oracle__1", [1.0, 3.0], metric="return")
+    run = python.read_run(Path("runs/benchmark/hopper-own__td3bc__oracle__1"))
+    rows = ["update,seed,return,score", "10,0,1.0,nan", "10,1,3.0,nan"]
+    (run.path / "scores.csv").write_text("\n".join(rows))
+    axes = python.plt.figure().subplots()
+    python.draw_curve(axes, run, ["1"])
+    assert axes.lines[0].get_ydata() == [2]
+
+
+def test_bars_are_named_by_what_they_are(python, tmp_path):
+    runs = {}
+    for setting, score in (("labeled__0.01", 1.0), ("imputed__0.01", 2.0), ("oracle__1", 3.0)):
+        make_run(tmp_path, f"hopper-own__iql__{setting}", [score, score])
+        run = python.read_run(Path(f"runs/benchmark/hopper-own__iql__{setting}"))
+        runs[run.dataset, run.setting] = run
+    axes = python.plt.figure().subplots()
+    python.draw_bars(axes, runs, ["hopper-own"], "iql")
+    handles, labels = axes.get_legend_handles_labels()
+    widths = {label: handle[0].get_width() for handle, label in zip(handles, labels)}
+    assert widths == {"1% of rewards": 1, "1% + imputed": 2, "100%": 3}
 
 
 def test_without_a_finished_run_the_report_says_so(tmp_path):

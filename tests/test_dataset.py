@@ -373,7 +373,7 @@ def test_without_timeouts_terminals_must_tell_where_the_last_episode_ends():
 def test_without_timeouts_an_own_next_observation_tells_where_an_episode_was_cut():
     rows = make_rows()
     following = np.roll(rows["observations"], -1, axis=0)
-    following[rows["timeouts"]] = 0
+    following[rows["timeouts"], 5] = 0  # a single feature tells
     dataset = load(without(rows, "timeouts") | {"next_observations": following})
     ends = np.flatnonzero(rows["terminals"] | rows["timeouts"])
     assert last_rows(dataset) == ends.tolist()
@@ -455,6 +455,14 @@ def test_an_own_file_may_name_a_d4rl_task_for_environment_and_references():
         assert dataset.env == "Hopper-v4"
         assert (dataset.ref_min, dataset.ref_max) == (-20.272305, 3234.3)
         assert script.make_task(dataset, None).env_spec.id == "Hopper-v4"
+
+
+def test_references_are_those_of_d4rl():
+    assert script.D4RL_TASKS == {
+        "halfcheetah": ("HalfCheetah-v4", -280.178953, 12135.0),
+        "hopper": ("Hopper-v4", -20.272305, 3234.3),
+        "walker2d": ("Walker2d-v4", 1.629008, 4592.3),
+    }
 
 
 def test_an_environment_that_is_only_called_like_a_d4rl_task_is_itself(monkeypatch):
@@ -934,6 +942,7 @@ def test_an_unknown_dataset_is_named_with_the_nearest_ones(env_id, message):
 def test_labels_are_one_percent_of_a_full_dataset_and_all_of_a_partly_labelled_one():
     rewards = np.arange(1000, dtype=np.float32)
     assert script.split_labels(rewards, None, range(2)).shape == (2, 10)
+    assert script.split_labels(rewards, 0.0017, range(2)).shape == (2, 2), "rounded"
     rewards[200:] = NAN
     labeled = script.split_labels(rewards, None, range(2))
     assert np.array_equal(labeled, [np.arange(200)] * 2)

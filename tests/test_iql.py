@@ -11,8 +11,10 @@ from reference import (
     copy_seed,
     equal_parts,
     layers_of,
+    learning_rates,
     networks_of,
     parameters_of,
+    parts_that_change,
     random_transitions,
 )
 
@@ -74,6 +76,25 @@ def test_four_updates_equal_the_reference(dtype, seed, value_shift):
 
     assert_equal_up_to_rounding(agent, reference, seed)
     assert not equal_parts(before, parameters_of(agent, seed)), "not trained"
+
+
+@pytest.mark.parametrize(
+    ("options", "networks"),
+    [
+        ({"gamma": 0.5}, {"q1", "q2"}),
+        ({"tau": 0.5}, {"q1_target", "q2_target"}),
+        ({"expectile": 0.9}, {"value"}),
+        ({"temperature": 0.5}, {"actor"}),
+    ],
+)
+def test_an_option_changes_what_it_is_for(options, networks):
+    assert networks <= parts_that_change(script, **options)
+
+
+def test_every_optimizer_has_the_learning_rate(data):
+    args = script.Args(learning_rate=0.5)
+    agent = script.Agent(data, script.make_generators(range(2), stream=2), args)
+    assert learning_rates(agent) == [0.5, 0.5, 0.5]
 
 
 def test_seeds_are_independent_to_the_bit(data):

@@ -186,6 +186,17 @@ def test_the_fit_equals_a_plain_loop_for_each_seed(dataset):
         assert_allclose(predicted[k, rows], expected, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("each", [script, td3bc_imputed, iql_imputed])
+def test_its_settings_are_the_same_everywhere_and_its_width_is_an_option(each, dataset):
+    args = each.Args()
+    assert (args.reward_hidden_dim, args.reward_epochs) == (256, 300)
+    assert (args.reward_learning_rate, args.reward_batch_size) == (1e-4, 64)
+    args = each.Args(reward_hidden_dim=7)
+    generators = each.make_generators(SEEDS, stream=1)
+    model = each.RewardModel(dataset, draw_labels(dataset, 0.1), generators, args).model
+    assert model.layer2.weight.shape == (2, 7, 7)
+
+
 def test_a_feature_that_is_nearly_always_the_same_is_not_blown_up(dataset):
     """Its std is tiny: at least 1/1000 of its range divides it; one without a range stays."""
     many = np.tile(np.arange(len(dataset.rewards)), 5000)
@@ -317,13 +328,13 @@ def seed_parameters(model, k):
 
 @pytest.fixture
 def process(dataset, monkeypatch):
-    """A fitted process of 20 labels, its parameters before, and the gradients of its first step."""
-    gradients, Adam = [], torch.optim.Adam
+    """A fitted process of 20 labels, its parameters before, and those and their gradients by step."""
+    steps, Adam = [], torch.optim.Adam
 
     class Watched(Adam):
         def step(self):
-            for parameter in self.param_groups[0]["params"]:
-                gradients.append(parameter.grad.clone())
+            parameters = self.param_groups[0]["params"]
+            steps.append([(each.detach().clone(), each.grad.clone()) for each in parameters])
             super().step()
 
     labeled = draw_labels(dataset, 0.05)
@@ -331,8 +342,7 @@ def process(dataset, monkeypatch):
     starts = [seed_parameters(model, k) for k in SEEDS]
     monkeypatch.setattr(torch.optim, "Adam", Watched)
     script.fit_reward_model(model, dataset, labeled, None, settings("gp"))
-    first = dict(zip(starts[0], gradients))
-    return model, labeled, starts, first
+    return model, labeled, starts, [dict(zip(starts[0], step)) for step in steps]
 
 
 def test_the_process_is_the_posterior_of_its_kernel(dataset, process):
@@ -361,7 +371,7 @@ def test_the_process_is_the_posterior_of_its_kernel(dataset, process):
 
 
 def test_the_process_descends_the_negative_log_posterior_of_its_parameters(dataset, process):
-    model, labeled, starts, first_gradient = process
+    model, labeled, starts, steps = process
     inputs = np.float64(standard_inputs(dataset))
     for k, rows in enumerate(labeled):
         y = standardise(dataset.rewards[rows])
@@ -369,14 +379,16 @@ def test_the_process_descends_the_negative_log_posterior_of_its_parameters(datas
         def loss(parameters, k=k, rows=rows, y=y):
             return negative_log_posterior(parameters, starts[k], inputs[rows], y)
 
-        before = loss(starts[k])
-        assert loss(seed_parameters(model, k)) < before - 1
-        for name, gradient in first_gradient.items():
-            for j, found in enumerate(gradient[k, 0].tolist()):
-                moved = deepcopy(starts[k])
-                moved[name][j] += 1e-5
-                slope = (loss(moved) - before) / 1e-5
-                assert found == pytest.approx(slope, rel=1e-2, abs=1e-3), name
+        assert loss(seed_parameters(model, k)) < loss(starts[k]) - 1
+        for step in steps[:2]:  # at the first, the prior of the parameters has no slope
+            parameters = {name: values[k, 0].numpy() for name, (values, _) in step.items()}
+            before = loss(parameters)
+            for name, (_, gradient) in step.items():
+                for j, found in enumerate(gradient[k, 0].tolist()):
+                    moved = deepcopy(parameters)
+                    moved[name][j] += 1e-5
+                    slope = (loss(moved) - before) / 1e-5
+                    assert found == pytest.approx(slope, rel=1e-2, abs=1e-3), name
 
 
 def test_the_process_always_finds_its_cholesky_factor(dataset):
@@ -419,6 +431,23 @@ def test_of_more_than_2000_labels_the_process_uses_2000_from_all_over_the_log(fe
     assert used[0] == 0
     assert used[-1] == labeled.shape[1] - 1
     assert set(used.diff().tolist()) == {1, 2}
+
+
+def test_the_parameters_are_found_on_500_labels_from_all_over_the_log(few_steps, monkeypatch):
+    write_rows(make_rows(1200))
+    dataset = script.load_dataset(None, Path("own.hdf5"))
+    labeled = draw_labels(dataset, 1.0, range(1))
+    seen, cholesky = [], script.GaussianProcess.cholesky
+
+    def watch(process, x):
+        seen.append(x)
+        return cholesky(process, x)
+
+    monkeypatch.setattr(script.GaussianProcess, "cholesky", watch)
+    fit(dataset, labeled, settings("gp"), range(1))
+    few, _, every = seen  # two steps, then the weights
+    assert few.shape[1] == 500
+    assert torch.equal(few[:, [0, -1]], every[:, [0, -1]])
 
 
 def test_two_thousand_labels_or_fewer_are_all_used(dataset, process):
@@ -592,6 +621,29 @@ def test_with_the_process_calibration_is_printed(dataset, capsys):
     assert text in capsys.readouterr().out
 
 
+def test_calibration_draws_from_the_whole_log(few_steps):
+    write_rows(make_rows(3000) | {"rewards": np.arange(3000.0)})
+    dataset = script.load_dataset(None, Path("own.hdf5"))
+    labeled = draw_labels(dataset, 0.01, range(1))
+    model = fit(dataset, labeled, settings("gp"), range(1))
+    found = script.calibrate(model, dataset.rewards[None], dataset, labeled)
+    assert len(found["true"]) == 1000
+    assert found["true"].mean() == pytest.approx(1500, rel=0.1)
+
+
+def test_returns_are_judged_with_their_labels(dataset):
+    labeled = draw_labels(dataset, 0.5, range(1))
+    predicted = np.random.default_rng(0).normal(size=(1, len(dataset.rewards))).astype(np.float32)
+    imputed = predicted.copy()
+    imputed[0, labeled[0]] = dataset.rewards[labeled[0]]
+    found = script.judge(predicted, dataset, labeled)
+    assert found["return_correlation"] == judge(imputed, dataset, labeled)["return_correlation"]
+
+
+def test_what_is_printed_are_mean_and_std_of_the_seeds():
+    assert script.mean_std([1, 3]) == "2 ± 1"
+
+
 def test_a_sweep_tells_r2_by_the_number_of_labels(dataset, few_steps, capsys):
     run(f"{OWN} --label-fraction 0.5 --num-seeds 2 --run-dir run --sweep")
     lines = Path("run/sweep.csv").read_text().splitlines()
@@ -606,6 +658,8 @@ def test_a_sweep_tells_r2_by_the_number_of_labels(dataset, few_steps, capsys):
     expected = script.linear_regression(dataset, labeled)
     np.put_along_axis(expected, labeled, dataset.rewards[labeled], axis=1)
     r2 = judge(expected, dataset, labeled)["r2"]
+    for row in table:  # of two seeds
+        assert row["r2_std"] == pytest.approx(row["r2_mean"] - row["r2_worst"])
     row = table[found.index((100, "linear"))]
     assert row["r2_mean"] == pytest.approx(np.mean(r2), abs=1e-5)
     assert row["r2_worst"] == pytest.approx(np.min(r2), abs=1e-5)
@@ -626,6 +680,10 @@ def test_where_everything_is_labelled_a_fifth_of_the_labels_judges(rows, few_ste
     assert set(fitted_to[0]) != set(fitted_to[1])
     for some, all_labels in zip(fitted_to, labeled):
         assert set(some) < set(all_labels)
+    later = script.hold_out(labeled, range(1, 3))
+    assert_array_equal(later[0], fitted_to[1], "seed 1's, whichever is the first")
+    saved = np.load("run/reward_model.npz")
+    assert saved["reward_mean"][0] == pytest.approx(np.nanmean(dataset.rewards), rel=1e-6)
     judged = judge(impute(dataset, fitted_to, settings("gp")), dataset, fitted_to)
     quality = read_json("run/result.json")["quality"]["gp"]
     assert quality["r2"] == pytest.approx(judged["r2"], abs=1e-4)
@@ -654,6 +712,22 @@ def test_the_saved_model_needs_numpy_alone(model, dataset, few_steps):
     full = script.load_dataset(None, Path("full.hdf5")).rewards
     hidden = hidden_rows(dataset, draw_labels(dataset, 0.1)[0])
     assert_allclose(predicted[hidden], full[hidden], rtol=1e-4, atol=1e-5)
+
+
+def test_the_seed_and_the_precision_are_those_asked_for(few_steps, monkeypatch):
+    asked, make_generators = [], script.make_generators
+
+    def watch(seeds, stream):
+        asked.append(seeds)
+        return make_generators(seeds, stream)
+
+    monkeypatch.setattr(script, "make_generators", watch)
+    before = torch.get_float32_matmul_precision()
+    run(f"{SOME} --seed 3 --matmul-precision high")
+    found = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(before)
+    assert set(asked) == {range(3, 4)}
+    assert found == "high"
 
 
 # --- The datasets it writes ---
@@ -758,14 +832,42 @@ def test_a_d4rl_file_keeps_its_rows_and_its_rule(rows, few_steps, monkeypatch):
     assert_array_equal(found, source.rewards[labeled[0]])
 
 
+def test_a_file_of_a_d4rl_task_becomes_a_minari_dataset_with_simulator_and_references(
+    rows, few_steps
+):
+    write_rows(rows | {"observations": np.hstack([rows["observations"]] * 3)[:, :11]})
+    run(f"{SOME} --env-id hopper-own --output-minari-id my/full-v0 --output-path full.hdf5")
+    made = script.load_dataset("my/full-v0")
+    assert made.env.env_spec.id == "Hopper-v4"
+    assert (made.ref_min, made.ref_max) == (-20.272305, 3234.3)
+    # What was observed last is unknown: what was observed before stands in.
+    ends = made.terminals == 1
+    assert ends.any()
+    assert_array_equal(made.next_observations[ends], made.observations[ends])
+
+
+def test_a_failed_write_leaves_no_part_of_a_minari_dataset(few_steps, monkeypatch):
+    def fail(*arguments):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(script, "find_env_spec", fail)
+    with pytest.raises(OSError, match="disk full"):
+        run(f"{SOME} --output-minari-id my/full-v0")
+    assert "my/full-v0" not in minari.list_local_datasets()
+
+
+@pytest.mark.parametrize("timeouts", ["missing", "without the gaps"])
 def test_a_thinned_log_becomes_episodes_that_end_where_it_has_a_gap(
-    rows, few_steps, no_environment
+    timeouts, rows, few_steps, no_environment
 ):
     """Its own next_observations go on with the next row, but for every tenth row."""
+    rows["observations"][:, 0] = 5  # a feature that does not tell
     following = np.roll(rows["observations"], -1, axis=0)
     gaps = np.arange(NUM_ROWS) % 10 == 9
-    following[gaps] += 1
-    del rows["timeouts"]
+    following[gaps, 1] += 1
+    rows["timeouts"][:] = False
+    if timeouts == "missing":
+        del rows["timeouts"]
     write_rows(rows | {"next_observations": following})
     run(f"{SOME} --output-minari-id my/thin-v0")
     made = script.load_dataset("my/thin-v0")

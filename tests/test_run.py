@@ -21,7 +21,7 @@ import subprocess
 import sys
 import threading
 import time
-from concurrent.futures import BrokenExecutor, ThreadPoolExecutor
+from concurrent.futures import BrokenExecutor, Future, ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -87,7 +87,19 @@ class NanEnv(own_envs.WideEnv):
         return observation, float("nan"), terminated, truncated, info
 
 
-for env_class in (EndlessEnv, HangingEnv, DeadlyEnv, NanEnv):
+class SeedEnv(own_envs.WideEnv):
+    """Its return is the number it was seeded with; it ends as truncated."""
+
+    def reset(self, seed=None, options=None):
+        self.seed = seed
+        return super().reset()
+
+    def step(self, action):
+        observation, _, terminated, _, info = super().step(action)
+        return observation, self.seed / 3, False, terminated, info
+
+
+for env_class in (EndlessEnv, HangingEnv, DeadlyEnv, NanEnv, SeedEnv):
     name = env_class.__name__.removesuffix("Env")
     gym.register(f"{name}-v0", f"{__name__}:{env_class.__name__}")
 
@@ -275,6 +287,28 @@ def test_the_last_scores_are_those_of_the_policies(script):
         actions = policy(np.array([[0.0], [1.0], [2.0]]))  # an episode of Wide-v0
         assert float(row["return"]) == pytest.approx(actions.sum(), rel=1e-5)
         assert row["score"] == "nan", "there are no references"
+
+
+@BOTH
+def test_every_seed_is_evaluated_from_the_same_start_states_each_time(script, capsys):
+    options = "--env-id Seed-v0 --num-updates 4 --eval-freq 2 --num-seeds 2 --seed 7 --run-dir run"
+    train(script, f"{OWN} {options}")
+    returns = [float(row["return"]) for row in read_scores("run")]
+    assert returns == pytest.approx([(100 + 101 + 102) / 3] * 4)
+    assert "Seed-v0: 300 transitions, 100 episodes" in capsys.readouterr().out
+
+
+@BOTH
+def test_what_is_printed_are_mean_and_std_of_the_seeds(script, tmp_path, capsys):
+    pending = []
+    for seed, value in ((0, 1.0), (1, 5.0)):
+        future = Future()
+        future.set_result(value)
+        pending.append((8, seed, [future]))
+    task = script.Task(None, None, None, np.nan, np.nan)
+    script.finish_evaluation(pending, [], task, tmp_path, None)
+    assert "update         8   return 3.0 ± 2.0" in capsys.readouterr().out
+    assert script.describe_quality({"r2": [0.2, 0.4]}) == "r2 0.3000 on the hidden rewards"
 
 
 @pytest.mark.parametrize("rewards", ["oracle", "labeled", "zero", "mean"])
@@ -566,6 +600,18 @@ def test_a_second_signal_ends_the_process_at_once(hanging):
     assert process.wait(timeout=10) == -signal.SIGTERM
 
 
+@pytest.mark.parametrize("script", [td3bc_imputed, iql_imputed, reward_model])
+def test_ctrl_c_before_training_is_exit_code_130(script, monkeypatch):
+    def press(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(h5py, "File", press)
+    monkeypatch.setattr(sys, "argv", [script.__file__, "--dataset-path", "own.hdf5"])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(script.__file__, run_name="__main__")
+    assert end.value.code == 130
+
+
 @BOTH
 def test_main_gives_the_signal_handlers_back(script, monkeypatch, capsys):
     handlers = {signal.SIGINT: lambda *_: None, signal.SIGTERM: lambda *_: None}
@@ -619,6 +665,19 @@ def test_other_arguments_are_named_and_free_ones_are_free():
 
 
 @BOTH
+def test_a_resumed_run_may_change_nothing_but_where_files_lie_and_how_it_runs(script):
+    free = {"resume", "run_dir", "dataset_path", "eval_workers", "track", "log_freq"}
+    free |= {"compile", "cuda_graph"}
+    for name in [*vars(script.Args()), "dataset"]:
+        try:
+            script.check_same_run(Path("run"), {name: "one"}, {name: "other"})
+        except script.UserError as error:
+            assert name not in free and f"{name} was one, now other" in str(error)
+        else:
+            assert name in free
+
+
+@BOTH
 def test_another_dataset_is_refused_on_resume(script, own_rewards):
     options = "--num-updates 2 --run-dir run"
     train_own(script, options)
@@ -627,6 +686,18 @@ def test_another_dataset_is_refused_on_resume(script, own_rewards):
     write_own(rewards=own_rewards)
     with pytest.raises(script.UserError, match="dataset was .*, now "):
         train_own(script, f"{options} --resume")
+
+
+@BOTH
+def test_another_dataset_is_one_that_differs_in_any_column(script):
+    dataset = script.load_dataset(None, Path("own.hdf5"))
+    columns = (*script.Transitions._fields, "episode_ids")
+    fingerprints = {script.fingerprint(dataset)}
+    for name in columns:
+        column = getattr(dataset, name).copy()
+        column[-1] += 1
+        fingerprints.add(script.fingerprint(dataset._replace(**{name: column})))
+    assert len(fingerprints) == 1 + len(columns) == 7
 
 
 @pytest.mark.parametrize("model", ["mlp", "gp"])
@@ -651,10 +722,18 @@ def test_a_damaged_checkpoint_is_refused():
         path.write_bytes(content[: len(content) * tenth // 10])
         with pytest.raises(td3bc_imputed.UserError, match="not a readable checkpoint.*delete it"):
             td3bc_imputed.read_checkpoint(Path("run"), torch.device("cpu"))
-    for foreign in ({"config": os.system}, {"weights": torch.zeros(3)}, [1, 2]):
-        torch.save(foreign, path)  # the first names code that would be run
+    for foreign in ({"config": MakesFolder()}, {"weights": torch.zeros(3)}, [1, 2]):
+        torch.save(foreign, path)
         with pytest.raises(td3bc_imputed.UserError, match="not a readable checkpoint"):
             train_own(td3bc_imputed, f"{options} --resume")
+    assert not Path("made by a checkpoint").exists()
+
+
+class MakesFolder:
+    """Whoever unpickles it runs code."""
+
+    def __reduce__(self):
+        return os.mkdir, ("made by a checkpoint",)
 
 
 @pytest.mark.parametrize("total", [1, 2, 40])
@@ -1008,13 +1087,14 @@ class FakeRun:
 
     def __init__(self):
         self.rows = []
+        self.metrics = []
 
     def init(self, **settings):
         self.settings = settings
         return self
 
     def define_metric(self, *names, **settings):
-        pass
+        self.metrics.append((names, settings))
 
     def log(self, row):
         self.rows.append(row)
@@ -1029,18 +1109,21 @@ def test_what_is_tracked_are_means_over_the_seeds_and_each_seed(script, monkeypa
     monkeypatch.setitem(sys.modules, "wandb", run)
     losses = {"losses/critic_loss": torch.tensor([1.0, 3.0])}
     monkeypatch.setattr(script, "update", lambda *arguments: update(*arguments) | losses)
-    train_own(script, "--num-updates 8 --log-freq 4 --num-seeds 2 --run-dir run --track")
+    options = "--num-updates 8 --log-freq 4 --eval-freq 4 --num-seeds 2 --run-dir run --track"
+    train_own(script, options)
     assert run.finished
+    assert run.metrics == [(("*",), {"step_metric": "update"})]
     assert run.settings["config"]["batch_size"] == 16
     logged = [row for row in run.rows if "losses/critic_loss" in row]
     assert [row["update"] for row in logged] == [4, 8]
     for row in logged:
         assert row["losses/critic_loss"] == 2.0
         assert {"losses/actor_loss", "charts/updates_per_second"} <= row.keys()
-    (evaluation,) = (row for row in run.rows if "charts/return" in row)
-    returns = [float(row["return"]) for row in read_scores("run")]
-    assert [evaluation[f"charts/return_seed{k}"] for k in range(2)] == returns
-    assert evaluation["charts/return"] == pytest.approx(np.mean(returns))
+    evaluations = [row for row in run.rows if "charts/return" in row]
+    assert [row["update"] for row in evaluations] == [4, 8]
+    returns = [float(row["return"]) for row in read_scores("run")[-2:]]
+    assert [evaluations[-1][f"charts/return_seed{k}"] for k in range(2)] == returns
+    assert evaluations[-1]["charts/return"] == pytest.approx(np.mean(returns))
 
 
 def test_a_resumed_run_is_tracked_as_the_same_one(monkeypatch):

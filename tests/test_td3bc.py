@@ -10,7 +10,9 @@ from reference import (
     copy_seed,
     equal_parts,
     layers_of,
+    learning_rates,
     parameters_of,
+    parts_that_change,
     random_transitions,
 )
 
@@ -82,6 +84,34 @@ def test_four_updates_equal_the_reference(dtype, seed, alpha):
     assert not equal_parts(before, parameters_of(agent, seed)), "not trained"
 
 
+@pytest.mark.parametrize(
+    ("options", "networks"),
+    [
+        ({"gamma": 0.5}, {"q1", "q2"}),
+        ({"tau": 0.5}, {"actor_target", "q1_target", "q2_target"}),
+        ({"policy_noise": 0.01}, {"q1", "q2"}),
+        ({"noise_clip": 0.01}, {"q1", "q2"}),
+        ({"alpha": 1.0}, {"actor"}),
+    ],
+)
+def test_an_option_changes_what_it_is_for(options, networks):
+    assert networks <= parts_that_change(script, **options)
+
+
+def test_every_optimizer_has_the_learning_rate(data):
+    args = script.Args(learning_rate=0.5)
+    agent = script.Agent(data, script.make_generators(range(2), stream=2), args)
+    assert learning_rates(agent) == [0.5, 0.5]
+
+
+@pytest.mark.parametrize("policy_freq", [1, 4])
+def test_critics_are_updated_policy_freq_times_for_each_update_of_the_actor(data, policy_freq):
+    agent, args = make_agent(data), script.Args(batch_size=8, policy_freq=policy_freq)
+    script.update(agent, data, torch.Generator(), args)
+    for optimizer, expected in ((agent.q_optimizer, policy_freq), (agent.actor_optimizer, 1)):
+        assert {int(state["step"]) for state in optimizer.state.values()} == {expected}
+
+
 def test_seeds_are_independent_to_the_bit(data):
     rewards = data.rewards.clone()
     rewards[0] += 5
@@ -104,6 +134,12 @@ def test_a_seed_draws_whole_transitions_of_its_own_rows(seen):
         assert len(rows.unique()) == 3, "not every row is drawn"
         for drawn, tensor in zip(batch, seen):
             assert torch.equal(drawn[seed], tensor[seed, rows])
+
+
+@BOTH
+def test_seeds_draw_different_rows(script):
+    batch = script.sample(random_transitions(script), 32, torch.Generator().manual_seed(0))
+    assert not torch.equal(batch.observations[0], batch.observations[1])
 
 
 # --- What an agent starts as ---
@@ -207,9 +243,14 @@ class FirstUpdate(Exception):
 
 def see(script, monkeypatch, *options):
     """The transitions and the generator from which a run with these options would draw batches."""
+    return before_first_update(script, monkeypatch, *options)[1:]
+
+
+def before_first_update(script, monkeypatch, *options):
+    """Agent, transitions and generator of a run with these options."""
 
     def stop(agent, data, generator, args):
-        raise FirstUpdate(data, generator)
+        raise FirstUpdate(agent, data, generator)
 
     monkeypatch.setattr(script, "update", stop)
     shared = "--dataset-path log.hdf5 --num-seeds 2 --label-fraction 0.2"
@@ -249,6 +290,13 @@ def test_with_labeled_only_labelled_transitions_are_seen(script, labeled, log, m
             assert torch.equal(few[seed], all_rows[seed, rows])
 
 
+def test_a_seed_that_sees_labelled_transitions_alone_normalises_with_these(log, monkeypatch):
+    agent, data, _ = before_first_update(script, monkeypatch, "--rewards", "labeled")
+    means = data.observations.mean(dim=1, keepdim=True)
+    assert not torch.allclose(means[0], means[1])
+    torch.testing.assert_close(agent.actor.mean, means, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize(("script", "bound"), [(script, 1), (iql_imputed, 1 - 1e-5)])
 def test_actions_are_scaled_to_the_bound_of_the_original(script, bound, log, monkeypatch):
     data, _ = see(script, monkeypatch, "--rewards", "oracle")
@@ -257,13 +305,14 @@ def test_actions_are_scaled_to_the_bound_of_the_original(script, bound, log, mon
         assert actions.min().item() == pytest.approx(-bound, abs=1e-7)
 
 
+@pytest.mark.parametrize("kind", ["oracle", "imputed", "zero", "mean"])
 @BOTH
-def test_rewards_are_scaled_by_the_returns(script, log, monkeypatch):
-    plain, _ = see(script, monkeypatch, "--rewards", "oracle", "--no-scale-rewards")
-    scaled, _ = see(script, monkeypatch, "--rewards", "oracle", "--scale-rewards")
-    returns = [log[start:end].sum() for start, end in STARTS_AND_ENDS]
-    expected = plain.rewards * 1000 / np.ptp(returns)
-    torch.testing.assert_close(scaled.rewards, expected, rtol=1e-5, atol=0)
+def test_rewards_are_scaled_by_the_returns_that_the_agent_sees(script, kind, log, monkeypatch):
+    plain, _ = see(script, monkeypatch, "--rewards", kind, "--no-scale-rewards")
+    scaled, _ = see(script, monkeypatch, "--rewards", kind, "--scale-rewards")
+    for before, after in zip(plain.rewards, scaled.rewards):
+        returns = [before[start:end].sum().item() for start, end in STARTS_AND_ENDS]
+        torch.testing.assert_close(after, before * 1000 / np.ptp(returns), rtol=1e-4, atol=0)
 
 
 @BOTH
@@ -298,7 +347,8 @@ def test_reward_model_agent_and_batches_draw_from_streams_of_their_own(script, l
         return generators
 
     monkeypatch.setattr(script, "make_generators", spy)
-    _, batches = see(script, monkeypatch, "--rewards", "imputed")
-    streams = {generator.initial_seed() for generator in [*made, batches]}
-    assert len(made) == 4, "two seeds' reward models and agents"
-    assert len(streams) == 5, "two of them draw the same numbers"
+    _, batches = see(script, monkeypatch, "--rewards", "imputed", "--seed", "3")
+    first_seeds = [generator.initial_seed() for generator in made]
+    # Of the reward models of seeds 3 and 4, and of their agents.
+    assert first_seeds == [1_000_003 + 3, 1_000_003 + 4, 2_000_006 + 3, 2_000_006 + 4]
+    assert batches.initial_seed() == 3
