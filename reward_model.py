@@ -83,9 +83,7 @@ class Args:
 
     # Output
 
-    output_path: Path | None = (
-        None  # HDF5 file to write, with the rewards imputed by --reward-model
-    )
+    output_path: Path | None = None  # HDF5 file to write, rewards imputed by --reward-model
     output_minari_id: str | None = None  # Minari dataset to make likewise, such as my/log-v0
     run_dir: Path | None = None  # where to write the report (runs/...)
 
@@ -515,7 +513,8 @@ def report_figure(dataset, kind: str, predicted, labeled, quality: dict, calibra
     means, stds = r2.mean(axis=1), r2.std(axis=1)
     bars = panels[1, 1].bar(list(quality), means, yerr=stds, capsize=4, color="tab:blue")
     panels[1, 1].bar_label(bars, fmt="%.3f", label_type="center", color="white")
-    panels[1, 1].set(ylabel="$R^2$ on the hidden rewards", ylim=(min(0, *means), 1.02))
+    panels[1, 1].set(ylabel="$R^2$ on hidden or held-out rewards")
+    panels[1, 1].set_ylim(min(0, *means), 1.02)
     panels[1, 1].set_title(f"the same {labeled.shape[1]:,} labels, {len(labeled)} seed(s)")
     return figure
 
@@ -545,9 +544,10 @@ def draw_episode(axes, dataset: Dataset, imputed: np.ndarray, labeled: np.ndarra
     returns = np.bincount(dataset.episode_ids, imputed)
     episode = np.argsort(returns)[len(returns) // 2]
     rows = np.flatnonzero(dataset.episode_ids == episode)[:150]
-    axes.plot(dataset.rewards[rows], color="black", linewidth=1.5, label="true")
-    axes.plot(imputed[rows], color="tab:orange", linewidth=1, label="imputed")
     known = np.flatnonzero(np.isin(rows, labeled))
+    if np.count_nonzero(~np.isnan(dataset.rewards[rows])) > len(known):  # hidden ones are known
+        axes.plot(dataset.rewards[rows], color="black", linewidth=1.5, label="true")
+    axes.plot(imputed[rows], color="tab:orange", linewidth=1, label="imputed")
     axes.plot(known, imputed[rows[known]], "o", color="tab:blue", markersize=5, label="labelled")
     axes.set(
         xlabel="step", ylabel="reward", title=f"episode {episode}, its first {len(rows)} steps"
@@ -844,7 +844,7 @@ def load_minari(env_id: str) -> tuple[minari.MinariDataset, dict[str, np.ndarray
         if "/" not in env_id:  # not a remote one
             names = [*SHA256, *minari.list_local_datasets()]
             nearest = ", ".join(difflib.get_close_matches(env_id, names, cutoff=0))
-            hint = f"nearest: {nearest}; remote Minari ids have a slash"
+            hint = f"nearest: {nearest}; remote Minari ids have a slash, Gymnasium's need --dataset-path"
             require(env_id in names, f"unknown --env-id {env_id}; {hint}")
         dataset = minari.load_dataset(env_id, download=True)
         return dataset, read_minari(dataset)
@@ -1267,14 +1267,18 @@ def main(args: Args) -> None:
         notes = {"quality": quality, "judged_on": judged_on, "settings": asdict(args)}
         write_hdf5(source, args.output_path, columns, notes)
         num_labels = np.count_nonzero(columns["labeled"])
-        print(f"written       {args.output_path}: {num_labels:,} labels, all else imputed")
+        print(
+            f"written       {args.output_path}: {num_labels:,} labels, all else imputed; train on it "
+            "with --rewards oracle"
+        )
         num_unknown = np.count_nonzero(~np.isfinite(columns["rewards"]))
         if num_unknown > 0:
             print(f"unknown       {num_unknown:,} rewards: observation or action is NaN or inf")
     if args.output_minari_id:
         write_minari(args, dataset, labeled, rewards)
         print(
-            f"written       {args.output_minari_id}: {labeled.shape[1]:,} labels, all else imputed"
+            f"written       {args.output_minari_id}: {labeled.shape[1]:,} labels, all else imputed; "
+            "train on it with --rewards oracle"
         )
     print(f"result        R2 {mean_std(quality[args.reward_model]['r2'])}, in {run_dir}")
 

@@ -828,7 +828,7 @@ def load_minari(env_id: str) -> tuple[minari.MinariDataset, dict[str, np.ndarray
         if "/" not in env_id:  # not a remote one
             names = [*SHA256, *minari.list_local_datasets()]
             nearest = ", ".join(difflib.get_close_matches(env_id, names, cutoff=0))
-            hint = f"nearest: {nearest}; remote Minari ids have a slash"
+            hint = f"nearest: {nearest}; remote Minari ids have a slash, Gymnasium's need --dataset-path"
             require(env_id in names, f"unknown --env-id {env_id}; {hint}")
         dataset = minari.load_dataset(env_id, download=True)
         return dataset, read_minari(dataset)
@@ -902,7 +902,9 @@ def make_task(dataset: Dataset, eval_env_id: str | None) -> Task:
     # Float32 may round actions out of bounds: allow a little of the range, and of large bounds.
     rounding = 1e-5 * (high - low) + 1e-6 * np.maximum(np.abs(low), np.abs(high))
     in_bounds = (dataset.actions >= low - rounding) & (dataset.actions <= high + rounding)
-    require(in_bounds.all(), f"actions beyond the bounds of {env.spec.id}: {env.action_space}")
+    found = f"{dataset.actions.min():.4g} to {dataset.actions.max():.4g}"
+    message = f"actions, {found}, beyond the bounds of {env.spec.id}: {env.action_space}"
+    require(in_bounds.all(), message)
     middle, _ = middle_and_half(task)
     try:
         observation, _ = env.reset(seed=100)

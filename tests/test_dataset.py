@@ -647,7 +647,7 @@ def test_actions_beyond_the_bounds_are_refused(register, dimension):
     actions = np.tile([0.0, 0.1], (5, 1))
     make_own_task(actions)
     actions[3, dimension] = 0.8
-    with pytest.raises(script.UserError, match="actions beyond the bounds of Own-v0"):
+    with pytest.raises(script.UserError, match="actions, .* to .*, beyond the bounds of Own-v0"):
         make_own_task(actions)
 
 
