@@ -51,6 +51,7 @@ import tyro
 from matplotlib.figure import Figure
 from minari.data_collector import EpisodeBuffer
 from minari.dataset.minari_dataset import parse_dataset_id
+from minari.storage import get_dataset_path
 from torch import nn
 from tqdm import tqdm
 
@@ -974,7 +975,7 @@ def write_minari(args: Args, dataset: Dataset, labeled: np.ndarray, rewards: np.
     }
     text = f"{dataset.name} with imputed rewards; infos/labeled marks the {labeled.shape[1]} given"
     references = {"ref_min_score": dataset.ref_min, "ref_max_score": dataset.ref_max}
-    exists = args.output_minari_id in minari.list_local_datasets()  # made during the fit
+    exists = get_dataset_path(args.output_minari_id).exists()  # made during the fit
     require(not exists, f"--output-minari-id {args.output_minari_id} exists already")
     try:
         with warnings.catch_warnings(action="ignore"):  # that author, email and link are missing
@@ -987,7 +988,7 @@ def write_minari(args: Args, dataset: Dataset, labeled: np.ndarray, rewards: np.
         if spec:
             made.storage.update_metadata({"env_spec": spec.to_json()})
     except BaseException:
-        if args.output_minari_id in minari.list_local_datasets():  # a part of it
+        if get_dataset_path(args.output_minari_id).exists():  # a part of it
             minari.delete_dataset(args.output_minari_id)
         raise
 
@@ -1173,7 +1174,7 @@ def check_arguments(args: Args) -> None:
         except (ValueError, TypeError) as error:  # TypeError: no version
             message = f"--output-minari-id {args.output_minari_id} is not of the form my/name-v0"
             raise UserError(message) from error
-        exists = args.output_minari_id in minari.list_local_datasets()
+        exists = get_dataset_path(args.output_minari_id).exists()
         require(not exists, f"--output-minari-id {args.output_minari_id} exists already")
 
 

@@ -21,11 +21,11 @@ def make_mlp(in_dim, out_dim):
     )
 
 
-def make_optimizer(*networks):
+def make_optimizer(learning_rate, *networks):
     parameters = []
     for network in networks:
         parameters += network.parameters()
-    return torch.optim.Adam(parameters, lr=3e-4)
+    return torch.optim.Adam(parameters, lr=learning_rate)
 
 
 def descend(loss, optimizer):
@@ -34,18 +34,37 @@ def descend(loss, optimizer):
     optimizer.step()
 
 
-def move_target(target, network):
+def move_target(target, network, tau):
     for target_parameter, parameter in zip(target.parameters(), network.parameters()):
-        target_parameter.data = 0.005 * parameter.data + 0.995 * target_parameter.data
+        target_parameter.data = tau * parameter.data + (1 - tau) * target_parameter.data
 
 
 class TD3BC:
-    """Fujimoto & Gu (2021), with their parameters."""
+    """Fujimoto & Gu (2021); the defaults are their parameters."""
 
-    def __init__(self, obs_dim, act_dim, mean, std, alpha=2.5):
-        self.mean = mean  # of the observations that the agent may see
+    def __init__(
+        self,
+        obs_dim,
+        act_dim,
+        mean,  # of the observations that the agent may see
+        std,
+        alpha=2.5,
+        policy_noise=0.2,
+        noise_clip=0.5,
+        policy_freq=2,
+        learning_rate=3e-4,
+        gamma=0.99,
+        tau=0.005,
+    ):
+        self.mean = mean
         self.std = std
         self.alpha = alpha
+        self.policy_noise = policy_noise
+        self.noise_clip = noise_clip
+        self.policy_freq = policy_freq
+        self.learning_rate = learning_rate
+        self.gamma = gamma
+        self.tau = tau
         self.actor = make_mlp(obs_dim, act_dim)
         self.q1 = make_mlp(obs_dim + act_dim, 1)
         self.q2 = make_mlp(obs_dim + act_dim, 1)
@@ -56,21 +75,21 @@ class TD3BC:
         self.actor_target = deepcopy(self.actor)
         self.q1_target = deepcopy(self.q1)
         self.q2_target = deepcopy(self.q2)
-        self.actor_optimizer = make_optimizer(self.actor)
-        self.q_optimizer = make_optimizer(self.q1, self.q2)
+        self.actor_optimizer = make_optimizer(self.learning_rate, self.actor)
+        self.q_optimizer = make_optimizer(self.learning_rate, self.q1, self.q2)
 
     def update(self, observations, actions, rewards, next_observations, terminals, noise):
-        """One of the critics; every second one also of the actor and of all targets."""
+        """One of the critics; every policy_freq-th one also of the actor and of all targets."""
         self.num_updates += 1
         observations = (observations - self.mean) / self.std
         next_observations = (next_observations - self.mean) / self.std
-        noise = torch.clamp(0.2 * noise, -0.5, 0.5)
+        noise = torch.clamp(self.policy_noise * noise, -self.noise_clip, self.noise_clip)
         self.update_critics(observations, actions, rewards, next_observations, terminals, noise)
-        if self.num_updates % 2 == 0:
+        if self.num_updates % self.policy_freq == 0:
             self.update_actor(observations, actions)
-            move_target(self.actor_target, self.actor)
-            move_target(self.q1_target, self.q1)
-            move_target(self.q2_target, self.q2)
+            move_target(self.actor_target, self.actor, self.tau)
+            move_target(self.q1_target, self.q1, self.tau)
+            move_target(self.q2_target, self.q2, self.tau)
 
     def update_critics(self, observations, actions, rewards, next_observations, terminals, noise):
         with torch.no_grad():
@@ -79,7 +98,7 @@ class TD3BC:
             next_inputs = torch.cat([next_observations, next_actions], dim=1)
             next_q1 = self.q1_target(next_inputs)[:, 0]
             next_q2 = self.q2_target(next_inputs)[:, 0]
-            target = rewards + 0.99 * (1 - terminals) * torch.min(next_q1, next_q2)
+            target = rewards + self.gamma * (1 - terminals) * torch.min(next_q1, next_q2)
         inputs = torch.cat([observations, actions], dim=1)
         q1_loss = F.mse_loss(self.q1(inputs)[:, 0], target)
         q2_loss = F.mse_loss(self.q2(inputs)[:, 0], target)
@@ -94,9 +113,24 @@ class TD3BC:
 
 
 class IQL:
-    """Kostrikov et al. (2022), with their parameters for locomotion."""
+    """Kostrikov et al. (2022); the defaults are their parameters for locomotion."""
 
-    def __init__(self, obs_dim, act_dim, total_updates):
+    def __init__(
+        self,
+        obs_dim,
+        act_dim,
+        total_updates,
+        expectile=0.7,
+        temperature=3.0,
+        learning_rate=3e-4,
+        gamma=0.99,
+        tau=0.005,
+    ):
+        self.expectile = expectile
+        self.temperature = temperature
+        self.learning_rate = learning_rate
+        self.gamma = gamma
+        self.tau = tau
         self.actor = make_mlp(obs_dim, act_dim)
         self.actor.log_std = nn.Parameter(torch.zeros(act_dim))
         self.value = make_mlp(obs_dim, 1)
@@ -109,9 +143,9 @@ class IQL:
         """Targets and optimizers for the networks as they are now."""
         self.q1_target = deepcopy(self.q1)
         self.q2_target = deepcopy(self.q2)
-        self.actor_optimizer = make_optimizer(self.actor)
-        self.value_optimizer = make_optimizer(self.value)
-        self.q_optimizer = make_optimizer(self.q1, self.q2)
+        self.actor_optimizer = make_optimizer(self.learning_rate, self.actor)
+        self.value_optimizer = make_optimizer(self.learning_rate, self.value)
+        self.q_optimizer = make_optimizer(self.learning_rate, self.q1, self.q2)
 
     def update(self, observations, actions, rewards, next_observations, terminals):
         """V, then the actor and the critics, which both use the updated V; then the targets."""
@@ -123,31 +157,31 @@ class IQL:
         self.update_value(observations, q)
         self.update_actor(observations, actions, q)
         self.update_critics(inputs, rewards, next_observations, terminals)
-        move_target(self.q1_target, self.q1)
-        move_target(self.q2_target, self.q2)
+        move_target(self.q1_target, self.q1, self.tau)
+        move_target(self.q2_target, self.q2, self.tau)
         self.num_updates += 1
 
     def update_value(self, observations, q):
         advantage = q - self.value(observations)[:, 0]
-        weight = torch.where(advantage > 0, 0.7, 0.3)
+        weight = torch.where(advantage > 0, self.expectile, 1 - self.expectile)
         loss = (weight * advantage**2).mean()
         descend(loss, self.value_optimizer)
 
     def update_actor(self, observations, actions, q):
         with torch.no_grad():
             advantage = q - self.value(observations)[:, 0]
-            weight = torch.clamp(torch.exp(3 * advantage), max=100)
+            weight = torch.clamp(torch.exp(self.temperature * advantage), max=100)
         std = torch.exp(torch.clamp(self.actor.log_std, -5, 2))
         policy = torch.distributions.Normal(torch.tanh(self.actor(observations)), std)
         log_prob = policy.log_prob(actions).sum(dim=1)
         cosine = math.cos(math.pi * self.num_updates / self.total_updates)
-        self.actor_optimizer.param_groups[0]["lr"] = 3e-4 * (1 + cosine) / 2
+        self.actor_optimizer.param_groups[0]["lr"] = self.learning_rate * (1 + cosine) / 2
         descend(-(weight * log_prob).mean(), self.actor_optimizer)
 
     def update_critics(self, inputs, rewards, next_observations, terminals):
         with torch.no_grad():
             next_value = self.value(next_observations)[:, 0]
-            target = rewards + 0.99 * (1 - terminals) * next_value
+            target = rewards + self.gamma * (1 - terminals) * next_value
         q1_loss = F.mse_loss(self.q1(inputs)[:, 0], target)
         q2_loss = F.mse_loss(self.q2(inputs)[:, 0], target)
         descend(q1_loss + q2_loss, self.q_optimizer)
@@ -180,24 +214,6 @@ def networks_of(agent):
 
 def layers_of(network):
     return [network.layer1, network.layer2, network.layer3]
-
-
-def parts_that_change(script, **options):
-    """The networks that an update with these options leaves otherwise than one without them."""
-
-    def one_update(**options):
-        data, args = random_transitions(script), script.Args(batch_size=32, **options)
-        agent = script.Agent(data, script.make_generators(range(2), stream=2), args)
-        script.update(agent, data, torch.Generator().manual_seed(3), args)
-        return parameters_of(agent, 0)
-
-    plain, changed = one_update(), one_update(**options)
-    return {name.split(".")[0] for name in plain.keys() - equal_parts(plain, changed)}
-
-
-def learning_rates(agent):
-    optimizers = [part for part in vars(agent).values() if isinstance(part, torch.optim.Adam)]
-    return [float(optimizer.param_groups[0]["lr"]) for optimizer in optimizers]
 
 
 def parameters_of(agent, seed):

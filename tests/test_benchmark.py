@@ -29,10 +29,25 @@ VERSIONS = {"torch": "2.13.0", "numpy": "2.4.6"}
 HASHES = {"td3bc": "0123456789abcdef", "bc": "0123456789abcdef", "iql": "fedcba9876543210"}
 
 
+def without_settings():
+    """The environment without what benchmark.sh reads from it."""
+    settings = [
+        "DATASETS",
+        "JOBS",
+        "SEEDS",
+        "UPDATES",
+        "FRACTIONS",
+        "OPTIONS",
+        "RUNS",
+        "PYTHON",
+        "OMP_NUM_THREADS",
+    ]
+    environment = os.environ.items()
+    return {k: v for k, v in environment if k not in settings and not k.startswith("SLURM")}
+
+
 def bash(action, target, code=0, script=SCRIPT, **settings):
-    environment = {
-        name: value for name, value in os.environ.items() if not name.startswith(("SLURM", "OMP"))
-    }
+    environment = without_settings()
     if action == "report":
         environment["PYTHON"] = sys.executable
     for name, value in settings.items():
@@ -234,13 +249,14 @@ def test_a_repeated_run_adds_to_its_log(stand_in, tmp_path):
 
 def test_an_interrupted_run_stops_and_goes_on_when_repeated(stand_in, tmp_path):
     (tmp_path / "slow").touch()
-    environment = os.environ | {name: str(value) for name, value in stand_in.items()}
+    environment = without_settings() | {name: str(value) for name, value in stand_in.items()}
     command = ["bash", SCRIPT, "run", "bundled"]
     # As in a terminal: what was started with & ignores Ctrl-C, and so would its children.
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     process = subprocess.Popen(command, env=environment, start_new_session=True)
     signal.signal(signal.SIGINT, before)
     while not (tmp_path / "calls").exists():
+        assert process.poll() is None
         time.sleep(0.05)
     time.sleep(0.3)
     os.killpg(process.pid, signal.SIGINT)  # as Ctrl-C does
@@ -357,8 +373,14 @@ def test_the_report_has_the_statistics_known_by_hand(known):
 
 
 def test_the_interval_holds_95_of_100_resamples(python):
-    """Of three draws from 0, 0 and 1, one in 27 has three ones, and eight in 27 three zeros."""
+    """From 2.5 to 97.5%, by chances that can be counted."""
+    # Of three draws from 0, 0 and 1, 3.7% are all ones, and 30% all zeros.
     assert tuple(python.interval(np.array([[0.0, 0.0, 1.0]]))) == (0, 1)
+    # Of five draws from four zeros and a one, 5.8% hold three ones or more, 0.7% four or more;
+    # the mean of the middle three is then 2/3 or more, or 1.
+    one = np.array([[0.0, 0.0, 0.0, 0.0, 1.0]])
+    assert python.interval(one) == pytest.approx((0, 2 / 3))
+    assert python.interval(1 - one) == pytest.approx((1 / 3, 1))
 
 
 def test_the_figures_of_the_paper_are_all_right(python):
@@ -536,7 +558,7 @@ def test_the_first_picture_shows_the_imputed_rewards_of_the_run_itself(python, r
     run_dir = Path("runs/benchmark/hopper-own__td3bc__imputed__0.01")
     words = f"--env-id hopper-own --dataset-path {data}/hopper-own.hdf5 --run-dir {run_dir}"
     words += " --label-fraction 0.01 --seed 3 --num-seeds 2 --reward-epochs 20"
-    words += " --num-updates 2 --eval-episodes 1 --compile off"
+    words += " --num-updates 2 --eval-episodes 1 --device cpu --compile off"
     td3bc_imputed.main(tyro.cli(td3bc_imputed.Args, args=words.split()))
     run = python.read_run(run_dir)
     true, imputed, num_labels = python.impute_again(run)

@@ -172,6 +172,20 @@ def test_every_d4rl_name_has_its_file_in_the_d4rl_cache(tmp_path, monkeypatch):
     file = "walker2d_medium_replay-v2.hdf5"
     mirror = f"https://huggingface.co/datasets/imone/D4RL/resolve/main/{file}"
     assert (mirror, str(tmp_path / "d4rl" / file)) in asked
+    files = {Path(path).name for _, path in asked}
+    tasks, kinds = ("halfcheetah", "hopper", "walker2d"), ("", "_replay", "_expert")
+    assert files == {f"{task}_medium{kind}-v2.hdf5" for task in tasks for kind in kinds}
+
+
+def test_d4rl_files_are_looked_for_where_the_d4rl_package_keeps_them(tmp_path, monkeypatch):
+    monkeypatch.delenv("D4RL_DATASET_DIR")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    folder = tmp_path / ".d4rl" / "datasets"
+    folder.mkdir(parents=True)
+    path = write_rows(make_rows(), folder / "hopper_medium-v2.hdf5")
+    digest = script.hashlib.sha256(path.read_bytes()).hexdigest()
+    monkeypatch.setitem(script.SHA256, "hopper-medium-v2", digest)
+    assert script.find_file("hopper-medium-v2") == path
 
 
 def test_a_cached_file_is_used_only_if_every_byte_is_right():
@@ -181,19 +195,17 @@ def test_a_cached_file_is_used_only_if_every_byte_is_right():
         script.load_dataset("hopper-medium-v2")
 
 
-def test_a_flipped_byte_in_a_pinned_file_is_always_noticed(tmp_path, monkeypatch):
+def test_a_flipped_bit_in_a_pinned_file_is_noticed(tmp_path, monkeypatch):
     monkeypatch.setattr(script, "__file__", str(tmp_path / "script.py"))
     path = tmp_path / "tests" / "data" / BUNDLED.name
     path.parent.mkdir(parents=True)
     shutil.copy(BUNDLED, path)
     assert script.find_file(script.BUNDLED) == path
     content = bytearray(BUNDLED.read_bytes())
-    for position in np.random.default_rng(0).integers(len(content), size=20):
-        damaged = content.copy()
-        damaged[position] ^= 1
-        path.write_bytes(damaged)
-        with pytest.raises(script.UserError, match="SHA-256"):
-            script.load_dataset()
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(script.UserError, match="SHA-256"):
+        script.load_dataset()
 
 
 # --- Downloads ---
@@ -608,6 +620,7 @@ def take_any_action(env, action):
 @EVERY_BOX
 def test_the_bounds_of_a_box_of_any_kind_are_scaled_to_1(space, register):
     register(action_space=space, step=take_any_action)
+    space.seed(0)
     log = np.float64([space.low, space.high, space.sample()])
     scaled = script.scale_actions(log, make_own_task(log))
     assert np.abs(scaled).max() <= 1
@@ -877,19 +890,31 @@ def test_minari_rewards_may_be_unlabelled_or_stand_in_a_column():
 
 
 BAD_MINARI = {
-    "too few rewards": {"rewards": lambda length: np.zeros(length - 1)},
-    "too few ends": {"terminations": lambda length: np.zeros(length - 1, bool)},
-    "too few observations": {"observations": lambda length: np.zeros((length, 1))},
-    "observations of two widths": {"observations": lambda length: np.zeros((length + 1, length))},
-    "NaN observations": {"observations": lambda length: np.full((length + 1, 1), NAN)},
-    "infinite rewards": {"rewards": lambda length: np.full(length, INF)},
+    "too few rewards": ("different lengths", {"rewards": lambda length: np.zeros(length - 1)}),
+    "too few ends": (
+        "different lengths",
+        {"terminations": lambda length: np.zeros(length - 1, bool)},
+    ),
+    "too few observations": (
+        "different lengths",
+        {"observations": lambda length: np.zeros((length, 1))},
+    ),
+    "observations of two widths": (
+        "dimensions",
+        {"observations": lambda length: np.zeros((length + 1, length))},
+    ),
+    "NaN observations": (
+        "NaN or inf in observations",
+        {"observations": lambda length: np.full((length + 1, 1), NAN)},
+    ),
+    "infinite rewards": ("inf in rewards", {"rewards": lambda length: np.full(length, INF)}),
 }
 
 
-@pytest.mark.parametrize("columns", BAD_MINARI.values(), ids=BAD_MINARI)
-def test_minari_columns_that_are_wrong_are_refused(columns):
+@pytest.mark.parametrize(("message", "columns"), BAD_MINARI.values(), ids=BAD_MINARI)
+def test_minari_columns_that_are_wrong_are_refused(message, columns):
     make_minari("tests/wide-v0", **columns)
-    with pytest.raises(script.UserError):
+    with pytest.raises(script.UserError, match=message):
         script.load_dataset("tests/wide-v0")
 
 
@@ -912,11 +937,11 @@ def test_a_damaged_minari_dataset_is_refused_or_read_but_never_crashes(file):
     assert refused > 10
 
 
-def test_a_folder_that_is_no_minari_dataset_is_not_in_the_way():
+def test_a_folder_that_is_no_minari_dataset_hinders_none_that_is():
     make_minari("tests/wide-v0")
     shutil.copytree("minari/tests/wide-v0", "minari/tests/a copy")
     assert len(script.load_dataset("tests/wide-v0").rewards) == 9
-    with pytest.raises(script.UserError, match="hoper-medium-v2|a copy"):
+    with pytest.raises(script.UserError, match="hoper-medium-v2: .*a copy"):
         script.load_dataset("hoper-medium-v2")
 
 
@@ -1012,27 +1037,13 @@ def test_features_of_any_unit_and_offset_are_alike_to_the_reward_model(unit, off
     np.testing.assert_allclose(found, expected, atol=1e-4)
 
 
-@pytest.mark.parametrize("unit", [1e-6, 1, 1e9])
-def test_a_feature_that_is_nearly_always_the_same_stays_within_1000(unit):
-    """One row in four million: its std alone would make it 2,000."""
-    observations = np.zeros((4_000_000, 1), np.float32)
-    observations[7] = unit
-    largest = standard_inputs(observations).max()
-    assert largest == pytest.approx(1000, rel=1e-3)
-
-
-def test_statistics_of_many_rows_are_exact_and_those_of_the_agents_are_the_originals():
+def test_statistics_of_many_rows_are_exact():
     """In float32, the mean of these is off in the fourth digit."""
     rng = np.random.default_rng(0)
     rows = np.float32(1000 + rng.normal(size=(1_000_000, 1)))
     mean, std = script.mean_and_std(torch.tensor(rows))
     assert mean.item() == pytest.approx(rows.mean(dtype=np.float64), rel=1e-12)
     assert std.item() == pytest.approx(rows.std(dtype=np.float64), rel=1e-9)
-    actions = torch.zeros(1, 1, 1)
-    data = script.Transitions(torch.tensor(rows)[None], actions, None, None, None)
-    agent = script.Agent(data, script.make_generators(range(1), stream=2), script.Args())
-    assert agent.actor.mean.item() == np.float32(mean)
-    assert agent.actor.std.item() == pytest.approx(std.item() + 1e-3, rel=1e-6)
 
 
 # --- What a file can be wrong in ---
@@ -1147,7 +1158,7 @@ def test_what_is_no_hdf5_file_is_refused(kind):
         script.load_dataset(None, path)
 
 
-def test_a_file_of_few_bytes_beside_it_that_promises_rows_is_refused_unread():
+def test_a_file_of_few_bytes_beside_it_that_promises_rows_is_refused():
     """HDF5 would read what lies beyond the end of the other file as zeros."""
     Path("raw").write_bytes(bytes(2400))
 

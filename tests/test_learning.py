@@ -1,4 +1,4 @@
-"""The paper's story in a minute: imputed rewards teach what labelled transitions alone do not."""
+"""The paper's story in a minute: imputed rewards teach what the labels alone do not."""
 
 import json
 from pathlib import Path
@@ -12,7 +12,7 @@ import iql_imputed
 import td3bc_imputed
 
 NUM_STEPS = 20
-MARGIN = 5  # of returns; differences of 10 and 15 were measured
+MARGIN = 5  # of returns; differences of 7 to 20 were measured
 
 
 class PointEnv(gym.Env):
@@ -65,15 +65,15 @@ def mean_return(script, rewards, *options):
 
 
 @pytest.mark.parametrize(
-    ("script", "reward_model", "options"),
-    [(td3bc_imputed, "gp", ["--alpha", "10"]), (iql_imputed, "mlp", [])],
-    ids=["td3bc-gp", "iql-mlp"],
+    ("script", "options"),
+    [(td3bc_imputed, ["--alpha", "10"]), (iql_imputed, [])],
+    ids=["td3bc", "iql"],
 )
-def test_imputed_rewards_beat_labelled_transitions_alone(script, reward_model, options, log):
+def test_imputed_rewards_beat_labelled_transitions_alone_and_their_mean(script, options, log):
     """A difference of 5 is a third of the way from random pushes, -30, to the best, -13."""
-    imputed = mean_return(script, "imputed", "--reward-model", reward_model, *options)
-    labeled = mean_return(script, "labeled", *options)
-    assert imputed > labeled + MARGIN
+    imputed = mean_return(script, "imputed", "--reward-model", "gp", *options)
+    assert imputed > mean_return(script, "labeled", *options) + MARGIN
+    assert imputed > mean_return(script, "mean", *options) + MARGIN
 
 
 @pytest.mark.parametrize(("reward_model", "r2"), [("mlp", 0.8), ("gp", 0.95)])

@@ -11,7 +11,7 @@ import pytest
 import tyro
 
 ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text()
+README = (ROOT / "README.md").read_text("utf-8")
 SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 BLOCKS = re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
 COMMANDS = "\n".join(BLOCKS).splitlines()
@@ -48,6 +48,8 @@ def test_every_benchmark_target_exists(command):
 def test_every_file_of_the_tests_that_is_named_exists():
     for name in re.findall(r"tests/[\w/.]+\.\w+", README):
         assert (ROOT / name).exists(), name
+    for name in re.findall(r"`(\w+\.py)`", README):  # a script, or a file of the section Tests
+        assert (ROOT / name).exists() or (ROOT / "tests" / name).exists(), name
 
 
 def test_a_hundred_labels_go_from_file_to_policy_as_written(tmp_path, monkeypatch):
@@ -70,7 +72,7 @@ def test_quoted_lines_stand_in_the_scripts():
     lines = [line.strip() for line in "\n".join(blocks).splitlines() if line != "..."]
     assert len(lines) >= 4
     for name in SCRIPTS:
-        text = (ROOT / f"{name}.py").read_text()
+        text = (ROOT / f"{name}.py").read_text("utf-8")
         for line in lines:
             assert line in text, f"{name}: {line}"
 

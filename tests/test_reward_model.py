@@ -187,7 +187,7 @@ def test_the_fit_equals_a_plain_loop_for_each_seed(dataset):
 
 
 @pytest.mark.parametrize("each", [script, td3bc_imputed, iql_imputed])
-def test_its_settings_are_the_same_everywhere_and_its_width_is_an_option(each, dataset):
+def test_the_mlps_defaults_are_the_same_everywhere_and_its_width_is_an_option(each, dataset):
     args = each.Args()
     assert (args.reward_hidden_dim, args.reward_epochs) == (256, 300)
     assert (args.reward_learning_rate, args.reward_batch_size) == (1e-4, 64)
@@ -380,6 +380,10 @@ def test_the_process_descends_the_negative_log_posterior_of_its_parameters(datas
             return negative_log_posterior(parameters, starts[k], inputs[rows], y)
 
         assert loss(seed_parameters(model, k)) < loss(starts[k]) - 1
+        assert len(steps) == 100
+        for name, (value, _) in steps[0].items():  # Adam's first step is the learning rate
+            moved = (steps[1][name][0] - value).abs()
+            assert_allclose(moved, 0.1, rtol=1e-3)
         for step in steps[:2]:  # at the first, the prior of the parameters has no slope
             parameters = {name: values[k, 0].numpy() for name, (values, _) in step.items()}
             before = loss(parameters)
@@ -715,17 +719,22 @@ def test_the_saved_model_needs_numpy_alone(model, dataset, few_steps):
 
 
 def test_the_seed_and_the_precision_are_those_asked_for(few_steps, monkeypatch):
-    asked, make_generators = [], script.make_generators
+    asked = []
+    split_labels, make_generators = script.split_labels, script.make_generators
 
-    def watch(seeds, stream):
+    def watch_labels(rewards, fraction, seeds):
+        asked.append(seeds)
+        return split_labels(rewards, fraction, seeds)
+
+    def watch_generators(seeds, stream):
         asked.append(seeds)
         return make_generators(seeds, stream)
 
-    monkeypatch.setattr(script, "make_generators", watch)
-    before = torch.get_float32_matmul_precision()
+    monkeypatch.setattr(script, "split_labels", watch_labels)
+    monkeypatch.setattr(script, "make_generators", watch_generators)
     run(f"{SOME} --seed 3 --matmul-precision high")
     found = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision(before)
+    assert len(asked) >= 2
     assert set(asked) == {range(3, 4)}
     assert found == "high"
 
@@ -1021,7 +1030,13 @@ def test_a_dataset_that_another_run_made_meanwhile_is_left_alone(few_steps, monk
     assert "tests/wide-v0" in minari.list_local_datasets()
 
 
-def test_a_file_beside_the_output_is_left_alone(few_steps):
+def test_a_folder_that_is_no_minari_dataset_hinders_no_output(few_steps):
+    Path("minari/tests/a copy/data").mkdir(parents=True)
+    run(f"{SOME} --output-minari-id my/full-v0")
+    assert len(minari.load_dataset("my/full-v0")) > 0
+
+
+def test_a_refused_run_leaves_a_file_beside_the_output_alone(few_steps):
     Path("full.hdf5.tmp").write_text("mine")
     with pytest.raises(script.UserError, match="my/name-v0"):
         run(f"{SOME} --output-path full.hdf5 --output-minari-id imputed")

@@ -23,20 +23,22 @@ MULTIPLES = {"num_updates", "eval_freq", "log_freq"}  # in TD3+BC of its own pol
 
 
 def read(script):
-    return (ROOT / script).read_text()
+    return (ROOT / script).read_text("utf-8")
 
 
 def name_of(node):
     match node:
         case ast.FunctionDef() | ast.ClassDef():
             return node.name
-        case ast.Assign():
-            return ast.unparse(node.targets[0])
+        case ast.Assign(targets=[target]) | ast.AugAssign(target=target):
+            return ast.unparse(target)
         case ast.Import() | ast.ImportFrom():
             return "imports"
         case ast.If():
             return "__main__"
-    return "docstring"
+        case ast.Expr(value=ast.Constant()):
+            return "docstring"
+    raise ValueError(ast.unparse(node))
 
 
 def blocks_of(script):
