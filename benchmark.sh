@@ -247,6 +247,11 @@ def split_name(path):
     return dataset, " ".join(words)
 
 
+def is_finished(path):
+    """A run that was evaluated leaves these three; a copy of its directory may lack some."""
+    return all((path / name).exists() for name in ("config.json", "scores.csv", "result.json"))
+
+
 def read_run(path):
     config = json.loads((path / "config.json").read_text())
     result = json.loads((path / "result.json").read_text())
@@ -763,7 +768,7 @@ def print_absent(runs, found, paths, common):
 
 
 def main(target, paths):
-    found = [read_run(path) for path in paths if (path / "result.json").exists()]
+    found = [read_run(path) for path in paths if is_finished(path)]
     if not found:
         sys.exit(f"error: no finished run of {target} in {paths[0].parent}")
     common, _ = Counter(protocol(run) for run in found).most_common(1)[0]

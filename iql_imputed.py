@@ -448,15 +448,19 @@ class Agent:
     A checkpoint holds the state_dict() of every attribute."""
 
     def __init__(self, data: Transitions, generators: list[torch.Generator], args: Args):
-        device, num_seeds = data.observations.device, len(generators)
+        device = data.observations.device
         obs_dim, act_dim = data.observations.shape[-1], data.actions.shape[-1]
+        # Large ones would drive the actor's tanh to its ends, where its gradient is 0.
+        large = (data.observations[0].square().mean(dim=0) > 50**2).nonzero().flatten().tolist()
+        if large:
+            print(f"observations  columns {large} are large; IQL does not normalise: rescale them")
 
         def raw(dim: int) -> tuple[torch.Tensor, torch.Tensor]:  # a mean and std without effect
-            return torch.zeros(num_seeds, 1, dim), torch.ones(num_seeds, 1, dim)
+            return torch.zeros(len(generators), 1, dim), torch.ones(len(generators), 1, dim)
 
         # A Gaussian policy: its mean is tanh of the network, its std the same for all states.
         self.actor = MLP([obs_dim], *raw(obs_dim), 256, act_dim, generators)
-        self.actor.log_std = nn.Parameter(torch.zeros(num_seeds, 1, act_dim))
+        self.actor.log_std = nn.Parameter(torch.zeros(len(generators), 1, act_dim))
         self.value = MLP([obs_dim], *raw(obs_dim), 256, 1, generators)
         self.q1 = MLP([obs_dim, act_dim], *raw(obs_dim + act_dim), 256, 1, generators)
         self.q2 = MLP([obs_dim, act_dim], *raw(obs_dim + act_dim), 256, 1, generators)
@@ -800,12 +804,13 @@ def check_layout(path: Path, columns: dict[str, h5py.Dataset]) -> None:
             require(column.ndim > 0 and column.shape[1:] in ((), (1,)), wrong_shape)
             continue
         require(column.ndim == 2 and column.shape[1] > 0, wrong_shape)
-        # HDF5 reads rows that were never written, or are missing from another file (external), as
-        # zeros: terabytes of them in a damaged file.
+        # HDF5 reads rows that were never written as zeros, terabytes of them in a damaged file, and
+        # so it does with rows that another file (external, virtual) should hold and does not.
         is_written = column.id.get_space_status() == h5py.h5d.SPACE_STATUS_ALLOCATED
+        is_elsewhere = column.external or column.is_virtual
         require(
-            (is_written and not column.external) or len(column) == 0,
-            f"{path}: {key} declares {len(column):,} rows, more than the file holds",
+            (is_written and not is_elsewhere) or len(column) == 0,
+            f"{path}: {key} declares {len(column):,} rows, more than the file itself holds",
         )
     lengths = {key: len(column) for key, column in columns.items()}
     require(len(set(lengths.values())) == 1, f"{path} has columns of different lengths: {lengths}")
@@ -817,8 +822,9 @@ def check_layout(path: Path, columns: dict[str, h5py.Dataset]) -> None:
 def find_ends(path: Path, arrays: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     """Rows where the task ended, and rows where the recording was cut off; (rows,), bool."""
     for key in ("terminals", "timeouts"):
-        finite = np.isfinite(arrays.get(key, 0)).all()
-        require(finite, f"{path} has NaN or inf in {key}")
+        values = arrays.get(key, np.zeros(1))
+        is_flag = np.isfinite(values) & (values >= 0)
+        require(is_flag.all(), f"{path} has NaN, inf or negative numbers in {key}")
     terminals = arrays["terminals"] != 0
     if "timeouts" in arrays:
         return terminals, arrays["timeouts"] != 0
@@ -871,6 +877,8 @@ def load_minari(env_id: str) -> tuple[minari.MinariDataset, dict[str, np.ndarray
             nearest = ", ".join(difflib.get_close_matches(env_id, names, cutoff=0))
             hint = f"nearest: {nearest}; remote Minari ids have a slash, Gymnasium's need --dataset-path"
             require(env_id in names, f"unknown --env-id {env_id}; {hint}")
+        _, _, version = env_id.rpartition("-v")
+        require(version.isdigit(), f"--env-id {env_id} has no version: Minari ids end in -v0 or so")
         dataset = minari.load_dataset(env_id, download=True)
         return dataset, read_minari(dataset)
     except UserError:
@@ -1442,7 +1450,7 @@ def make_config(args: Args, dataset: Dataset, device: torch.device, resumed: dic
 def describe_quality(quality: dict | None) -> str:
     if quality is None:
         return "not judged, since no hidden reward is known"
-    means = [f"{name} {np.mean(values):.4f}" for name, values in quality.items()]
+    means = [f"{name} {np.mean(values):.4g}" for name, values in quality.items()]
     return ", ".join(means) + " on the hidden rewards"
 
 
@@ -1452,7 +1460,7 @@ def print_header(dataset: Dataset, labeled: np.ndarray, task: Task, config: dict
     known = "all" if config["rewards"] == "oracle" else f"{labeled.shape[1]:,} labelled"
     print(f"rewards       {config['rewards']}, {known}, {len(labeled)} seed(s)")
     if task.env_spec is None:
-        low, high = task.low.round(4).tolist(), task.high.round(4).tolist()
+        low, high = (bounds.astype(float).round(4).tolist() for bounds in (task.low, task.high))
         print(
             f"evaluation    none (no environment); the log's actions lie between {low} and {high}"
         )

@@ -38,6 +38,7 @@ import warnings
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from http.client import HTTPException
+from importlib import import_module
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -776,12 +777,13 @@ def check_layout(path: Path, columns: dict[str, h5py.Dataset]) -> None:
             require(column.ndim > 0 and column.shape[1:] in ((), (1,)), wrong_shape)
             continue
         require(column.ndim == 2 and column.shape[1] > 0, wrong_shape)
-        # HDF5 reads rows that were never written, or are missing from another file (external), as
-        # zeros: terabytes of them in a damaged file.
+        # HDF5 reads rows that were never written as zeros, terabytes of them in a damaged file, and
+        # so it does with rows that another file (external, virtual) should hold and does not.
         is_written = column.id.get_space_status() == h5py.h5d.SPACE_STATUS_ALLOCATED
+        is_elsewhere = column.external or column.is_virtual
         require(
-            (is_written and not column.external) or len(column) == 0,
-            f"{path}: {key} declares {len(column):,} rows, more than the file holds",
+            (is_written and not is_elsewhere) or len(column) == 0,
+            f"{path}: {key} declares {len(column):,} rows, more than the file itself holds",
         )
     lengths = {key: len(column) for key, column in columns.items()}
     require(len(set(lengths.values())) == 1, f"{path} has columns of different lengths: {lengths}")
@@ -793,8 +795,9 @@ def check_layout(path: Path, columns: dict[str, h5py.Dataset]) -> None:
 def find_ends(path: Path, arrays: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     """Rows where the task ended, and rows where the recording was cut off; (rows,), bool."""
     for key in ("terminals", "timeouts"):
-        finite = np.isfinite(arrays.get(key, 0)).all()
-        require(finite, f"{path} has NaN or inf in {key}")
+        values = arrays.get(key, np.zeros(1))
+        is_flag = np.isfinite(values) & (values >= 0)
+        require(is_flag.all(), f"{path} has NaN, inf or negative numbers in {key}")
     terminals = arrays["terminals"] != 0
     if "timeouts" in arrays:
         return terminals, arrays["timeouts"] != 0
@@ -847,6 +850,8 @@ def load_minari(env_id: str) -> tuple[minari.MinariDataset, dict[str, np.ndarray
             nearest = ", ".join(difflib.get_close_matches(env_id, names, cutoff=0))
             hint = f"nearest: {nearest}; remote Minari ids have a slash, Gymnasium's need --dataset-path"
             require(env_id in names, f"unknown --env-id {env_id}; {hint}")
+        _, _, version = env_id.rpartition("-v")
+        require(version.isdigit(), f"--env-id {env_id} has no version: Minari ids end in -v0 or so")
         dataset = minari.load_dataset(env_id, download=True)
         return dataset, read_minari(dataset)
     except UserError:
@@ -956,7 +961,7 @@ def read_episodes(args: Args, dataset: Dataset) -> list[dict[str, np.ndarray]]:
     return episodes
 
 
-def write_minari(args: Args, dataset: Dataset, labeled: np.ndarray, rewards: np.ndarray) -> None:
+def write_minari(args: Args, dataset: Dataset, labeled, rewards: np.ndarray, env_spec) -> None:
     """A Minari dataset of the same transitions with all rewards of the first seed."""
     is_label = np.isin(np.arange(len(dataset.rewards)), labeled[0])
     buffers = []
@@ -984,9 +989,8 @@ def write_minari(args: Args, dataset: Dataset, labeled: np.ndarray, rewards: np.
             )
         if not np.isnan(dataset.ref_min):
             made.storage.update_metadata(references)
-        spec = find_env_spec(dataset.env)
-        if spec:
-            made.storage.update_metadata({"env_spec": spec.to_json()})
+        if env_spec:
+            made.storage.update_metadata({"env_spec": env_spec.to_json()})
     except BaseException:
         if get_dataset_path(args.output_minari_id).exists():  # a part of it
             minari.delete_dataset(args.output_minari_id)
@@ -994,10 +998,18 @@ def write_minari(args: Args, dataset: Dataset, labeled: np.ndarray, rewards: np.
 
 
 def find_env_spec(env: str | minari.MinariDataset | None) -> gym.envs.registration.EnvSpec | None:
-    """Of the dataset's simulator, without making it."""
+    """Of the dataset's simulator, without making it; UserError if there is no such simulator."""
+    if env is None:
+        return None
     if isinstance(env, minari.MinariDataset):
         return env.env_spec
-    return gym.registry.get(env)
+    module, _, name = env.rpartition(":")
+    try:
+        if module:  # my_package:MyEnv-v0
+            import_module(module)
+        return gym.spec(name)
+    except Exception as error:  # unknown id, missing package, or the package's own
+        raise UserError(f"cannot find the environment of {env}: {error}") from error
 
 
 # --- Run directory ---
@@ -1206,6 +1218,7 @@ def main(args: Args) -> None:
 
     # 1. The transitions, and the few of each seed whose reward may be seen.
     dataset = load_dataset(args.env_id, args.dataset_path)
+    env_spec = find_env_spec(dataset.env) if args.output_minari_id else None
     labeled = split_labels(dataset.rewards, args.label_fraction, seeds)
     num_known = np.count_nonzero(~np.isnan(dataset.rewards))
     num_episodes = dataset.episode_ids[-1] + 1
@@ -1276,7 +1289,7 @@ def main(args: Args) -> None:
         if num_unknown > 0:
             print(f"unknown       {num_unknown:,} rewards: observation or action is NaN or inf")
     if args.output_minari_id:
-        write_minari(args, dataset, labeled, rewards)
+        write_minari(args, dataset, labeled, rewards, env_spec)
         print(
             f"written       {args.output_minari_id}: {labeled.shape[1]:,} labels, all else imputed; "
             "train on it with --rewards oracle"

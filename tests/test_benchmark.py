@@ -415,6 +415,16 @@ def test_the_report_says_what_was_run_and_what_is_missing(known):
     assert "- missing: runs/benchmark/hopper-medium-v2__bc__oracle__1" in output
 
 
+@pytest.mark.parametrize("lost", ["config.json", "scores.csv", "result.json"])
+def test_a_run_that_was_not_copied_whole_is_missing(lost, report, tmp_path):
+    for setting in ("oracle__1", "imputed__0.01"):
+        make_run(tmp_path, f"hopper-medium-v2__td3bc__{setting}", [1.0, 2.0])
+    Path("runs/benchmark/hopper-medium-v2__td3bc__oracle__1", lost).unlink()
+    output = report("table1")
+    assert "- missing: runs/benchmark/hopper-medium-v2__td3bc__oracle__1" in output
+    assert find_row(output, "hopper-medium-v2")["TD3+BC 1% + imputed"].startswith("1.5 ± 0.5")
+
+
 def test_the_csv_file_has_a_row_for_each_run(known):
     folder, _ = known
     with open(folder / "results" / "table1.csv") as file:

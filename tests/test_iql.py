@@ -158,6 +158,18 @@ def test_observations_and_actions_go_in_as_they_are(agent):
         assert (network.std == 1).all()
 
 
+LARGE = "observations  columns [1, 4] are large; IQL does not normalise: rescale them\n"
+
+
+@pytest.mark.parametrize(("offset", "output"), [(0, ""), (1000, LARGE)])
+def test_large_observations_are_pointed_out(offset, output, data, capsys):
+    observations = data.observations.clone()
+    observations[:, :, [1, 4]] += offset
+    data = data._replace(observations=observations)
+    script.Agent(data, script.make_generators(range(NUM_SEEDS), stream=2), script.Args())
+    assert capsys.readouterr().out == output
+
+
 # --- The actor's learning rate ---
 @pytest.mark.parametrize(
     ("num_updates", "factor"),

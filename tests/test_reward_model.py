@@ -18,6 +18,7 @@ import own_envs  # noqa: F401, registers Wide-v0
 import pytest
 import torch
 from minari.data_collector import EpisodeBuffer
+from minari.dataset.minari_storage import MinariStorage
 from numpy.testing import assert_allclose, assert_array_equal
 from reference import make_mlp
 
@@ -855,13 +856,19 @@ def test_a_file_of_a_d4rl_task_becomes_a_minari_dataset_with_simulator_and_refer
     assert_array_equal(made.next_observations[ends], made.observations[ends])
 
 
+@pytest.mark.parametrize("env_id", ["Wide-v0", "own_envs:Wide-v0"])
+def test_a_minari_dataset_names_the_simulator_it_can_be_evaluated_in(env_id, few_steps):
+    run(f"{SOME} --env-id {env_id} --output-minari-id my/full-v0")
+    assert script.load_dataset("my/full-v0").env.env_spec.entry_point == "own_envs:WideEnv"
+
+
 def test_a_failed_write_leaves_no_part_of_a_minari_dataset(few_steps, monkeypatch):
     def fail(*arguments):
         raise OSError("disk full")
 
-    monkeypatch.setattr(script, "find_env_spec", fail)
+    monkeypatch.setattr(MinariStorage, "update_metadata", fail)
     with pytest.raises(OSError, match="disk full"):
-        run(f"{SOME} --output-minari-id my/full-v0")
+        run(f"{SOME} --env-id own_envs:Wide-v0 --output-minari-id my/full-v0")
     assert "my/full-v0" not in minari.list_local_datasets()
 
 
@@ -988,6 +995,11 @@ MISTAKES = {
     "no such folder": (f"{SOME} --output-path none/full.hdf5", "no folder"),
     "no place to write": (f"{SOME} --output-path /proc/full.hdf5", "proc"),
     "a sweep of few": (f"{OWN} --sweep", "--sweep"),
+    "unknown simulator": (
+        f"{SOME} --env-id own_envs:Wider-v0 --output-minari-id my/name-v0",
+        "own_envs:Wider-v0",
+    ),
+    "missing package": (f"{SOME} --env-id nowhere:A-v0 --output-minari-id my/name-v0", "nowhere"),
     "malformed Minari id": (f"{SOME} --output-minari-id 'no version'", "my/name-v0"),
     "no version": (f"{SOME} --output-minari-id imputed", "my/name-v0"),
     "existing Minari id": (f"{SOME} --output-minari-id tests/wide-v0", "exists already"),

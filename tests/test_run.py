@@ -325,7 +325,7 @@ def test_what_is_printed_are_mean_and_std_of_the_seeds(script, tmp_path, capsys)
     task = script.Task(None, None, None, np.nan, np.nan)
     script.finish_evaluation(pending, [], task, tmp_path, None)
     assert "update         8   return 3.0 ± 2.0" in capsys.readouterr().out
-    assert script.describe_quality({"r2": [0.2, 0.4]}) == "r2 0.3000 on the hidden rewards"
+    assert script.describe_quality({"r2": [0.2, 0.4]}) == "r2 0.3 on the hidden rewards"
 
 
 @pytest.mark.parametrize("rewards", ["oracle", "labeled", "zero", "mean"])
@@ -1012,7 +1012,7 @@ def test_a_log_without_a_simulator_becomes_a_policy_and_is_not_evaluated(
     with h5py.File("own.hdf5") as file:
         actions = np.float32(file["actions"])
     low, high = actions.min(axis=0), actions.max(axis=0)
-    bounds = f"{low.round(4).tolist()} and {high.round(4).tolist()}"
+    bounds = " and ".join(str(np.float64(bound).round(4).tolist()) for bound in (low, high))
     assert "evaluation    none (no environment); " in output
     assert f"actions lie between {bounds}" in output
     assert output.splitlines()[-1] == "result        trained, not evaluated, in undisturbed"
