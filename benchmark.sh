@@ -601,7 +601,8 @@ def draw_bars(axes, runs, datasets, algorithm):
         stds = [np.std(each) for each in scores]
         color = REWARD_COLORS[setting.split()[0]]
         axes.barh(rows, means, 0.25, xerr=stds, color=color, label=label)
-    axes.invert_yaxis()
+    # Places of their own also for datasets without a run: the agents share the names on the left.
+    axes.set_ylim(len(datasets) - 0.5, -0.5)
     axes.set(title=AGENTS[algorithm], xlabel=metric(runs))
 
 

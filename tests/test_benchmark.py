@@ -585,6 +585,17 @@ def test_a_dataset_without_imputed_rewards_does_not_break_the_first_picture(repo
     assert "results/overview.png" in report("table1")
 
 
+def test_bars_stand_beside_the_name_of_their_dataset_also_if_runs_are_missing(python, tmp_path):
+    make_run(tmp_path, "hopper-b__iql__oracle__1", [1.0, 2.0])
+    run = python.read_run(Path("runs/benchmark/hopper-b__iql__oracle__1"))
+    axes = python.plt.figure().subplots(1, 2)
+    for each, algorithm in zip(axes, ("td3bc", "iql")):  # the first has no run at all
+        python.draw_bars(
+            each, {("hopper-b", "iql oracle 1"): run}, ["hopper-a", "hopper-b"], algorithm
+        )
+    assert axes[0].get_ylim() == axes[1].get_ylim() == (1.5, -0.5)
+
+
 def test_raw_returns_are_not_averaged_over_tasks(report, tmp_path):
     make_run(tmp_path, "hopper-medium-v2__td3bc__oracle__1", [1.0, 2.0], metric="return")
     output = report("table1")
