@@ -1421,7 +1421,8 @@ def print_header(dataset: Dataset, labeled: np.ndarray, task: Task, config: dict
     known = "all" if config["rewards"] == "oracle" else f"{labeled.shape[1]:,} labelled"
     print(f"rewards       {config['rewards']}, {known}, {len(labeled)} seed(s)")
     if task.env_spec is None:
-        low, high = (bounds.astype(float).round(4).tolist() for bounds in (task.low, task.high))
+        low = task.low.astype(float).round(4).tolist()
+        high = task.high.astype(float).round(4).tolist()
         print(
             f"evaluation    none (no environment); the log's actions lie between {low} and {high}"
         )
