@@ -17,7 +17,8 @@
 5. Report the last evaluation.
 
 The equations are those of Romeo & Bagdanov (2024), "Offline Reinforcement Learning with Imputed
-Rewards". The file is complete; td3bc_imputed.py is its twin, reward_model.py the models alone.
+Rewards". main(), at the end, takes these steps. td3bc_imputed.py is the twin of this file,
+reward_model.py has the reward models alone.
 
     python iql_imputed.py --num-updates 20_000                               # bundled dataset
     python iql_imputed.py --env-id walker2d-medium-replay-v2 --num-seeds 5   # D4RL
@@ -66,7 +67,7 @@ class Args:
 
     env_id: str | None = None  # a D4RL name or a Minari id (none: the bundled dataset)
     dataset_path: Path | None = None  # a D4RL-schema HDF5 file; env_id is its simulator, if given
-    eval_env_id: str | None = None  # Gymnasium environment to evaluate in, if another
+    eval_env_id: str | None = None  # another environment to evaluate in; its bounds scale actions
 
     # Rewards
 
@@ -127,7 +128,7 @@ class Dataset(NamedTuple):
 
     observations: np.ndarray  # (N, obs_dim), float32
     actions: np.ndarray  # (N, act_dim), float32, in the log's own units
-    rewards: np.ndarray  # (N,), float32, NaN where nobody labelled
+    rewards: np.ndarray  # (N,), float32, NaN where nobody knows it
     next_observations: np.ndarray  # (N, obs_dim), float32
     terminals: np.ndarray  # (N,), float32, 1 = the task ended: no bootstrap
     episode_ids: np.ndarray  # (N,), int64, consecutive from 0
@@ -177,7 +178,7 @@ class MLP(nn.Module):
         self.layer3 = BatchedLinear(hidden_dim, out_dim, generators)
 
     def forward(self, *inputs: torch.Tensor) -> torch.Tensor:
-        """Of observations (seeds, batch, obs_dim), or of observations and actions."""
+        """Takes observations (seeds, batch, obs_dim), or observations and actions."""
         x = (join(self.widths, *inputs) - self.mean) / self.std
         x = F.relu(self.layer1(x))
         x = F.relu(self.layer2(x))
@@ -190,7 +191,7 @@ def make_generators(seeds: range, stream: int) -> list[torch.Generator]:
 
 
 def mean_and_std(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of each column, in float64: float32 loses digits where the mean is far from 0."""
+    """Each column's mean and std, in float64: float32 loses digits if the mean is far from 0."""
     std, mean = torch.std_mean(rows.double(), dim=0, correction=0)
     return mean, std
 
@@ -208,7 +209,7 @@ def make_adam(parameters, learning_rate: float | torch.Tensor) -> torch.optim.Ad
 
 # --- Reward model (Romeo & Bagdanov 2024) ---
 def split_labels(rewards: np.ndarray, fraction: float | None, seeds: range) -> np.ndarray:
-    """Draw the transitions whose reward each seed may see: their row numbers, (seeds, labels)."""
+    """Draw each seed's labelled transitions, whose reward it may see: row numbers, (seeds, labels)."""
     known = np.flatnonzero(~np.isnan(rewards))
     require(len(known) > 0, "no transition is labelled: every reward is NaN")
     if fraction is None:  # the paper's 1%; of a log that people labelled, every label
@@ -258,8 +259,8 @@ def check_labels(dataset: Dataset, labeled: np.ndarray) -> None:
     require(differ, f"a seed's {labeled.shape[1]} labelled rewards are all equal: label more")
 
 
-# A loss and its backward() are one function, so that both are compiled together: under Speed,
-# `compiled` wraps this function and others.
+# A loss and its backward() are one function, so that both are compiled together: at the end of
+# Speed its name, like that of `gather`, is bound anew, to a version that may run compiled.
 def reward_backward(model: MLP, observations, actions, rewards) -> None:
     """Eq. 4 of each seed, and its gradients."""
     loss = (model(observations, actions).squeeze(-1) - rewards).square().mean(dim=1)  # (seeds,)
@@ -281,8 +282,8 @@ def fit_reward_model(reward_model, dataset: Dataset, labeled, generators, args) 
     num_seeds, num_labels = labeled.shape
     batch_size = min(args.reward_batch_size, num_labels)
     padded_length = math.ceil(num_labels / batch_size) * batch_size
-    # Each next(steps) calls step(), or on a GPU replays a recording of it (`repeat`, under Speed).
-    # Neither takes arguments, so the rows of a batch are written into `rows`.
+    # Each next(steps) calls step(), or on a GPU replays a recording of it (`repeat`, under Speed). A
+    # replay always reads the same memory, so the rows of each batch are written into `rows`.
     rows = torch.zeros(num_seeds, batch_size, dtype=torch.long, device=device)
 
     def step() -> None:
@@ -292,7 +293,7 @@ def fit_reward_model(reward_model, dataset: Dataset, labeled, generators, args) 
         optimizer.step()
 
     is_recorded = args.cuda_graph and device.type == "cuda"
-    steps = repeat(step, [], is_recorded)  # a step draws nothing: no generators
+    steps = repeat(step, [], is_recorded)  # []: step() draws no random numbers
     for _ in tqdm(range(args.reward_epochs), "reward model", leave=False, disable=None):
         order = torch.stack([torch.randperm(num_labels, generator=g) for g in generators])
         # All batches are of one size: the last one is filled up with labels of the first.
@@ -410,14 +411,15 @@ class GaussianProcess(nn.Module):
         prior_means = [parameter.detach().clone() for parameter in self.parameters()]
         optimizer = torch.optim.Adam(self.parameters(), lr=0.1)
         for _ in range(100):
-            # -log p(y | parameters), up to a constant (2.30): y^T (L L^T)^-1 y / 2, which is
-            # |L^-1 y|^2 / 2, and log det(L L^T) / 2, which is the sum of log L_ii.
+            # -log p(y | parameters), up to a constant (2.30), of each seed's y ~ N(0, L L^T):
+            # |L^-1 y|^2 / 2, and log det(L L^T) / 2, which is the sum of log L_ii. Summed over
+            # seeds, as every loss here.
             L = self.cholesky(x[:, few])
             white = torch.linalg.solve_triangular(L, y[:, few], upper=False)
             loss = white.square().sum() / 2 + L.diagonal(dim1=1, dim2=2).log().sum()
             # -log p(parameters): each is normal with variance 1 around where it started. (k depends
-            # only on the products linear * r_j. Having linear as well lets the fit scale all slopes
-            # at the price of moving one parameter.)
+            # only on the products linear * r_j. With linear as a parameter of its own, moving that
+            # one scales all slopes, and the prior charges for one.)
             for parameter, prior_mean in zip(self.parameters(), prior_means):
                 loss = loss + (parameter - prior_mean).square().sum() / 2
             optimizer.zero_grad()
@@ -596,12 +598,12 @@ def agent_rewards(kind: str, dataset: Dataset, labeled: np.ndarray, imputed) -> 
     if kind == "imputed":
         rewards[:] = imputed
     if kind == "oracle":
-        known = not np.isnan(dataset.rewards).any()
-        require(known, "--rewards oracle needs every reward, and some are NaN")
+        all_known = not np.isnan(dataset.rewards).any()
+        require(all_known, "--rewards oracle needs every reward, and some are NaN")
         rewards[:] = dataset.rewards
     if kind == "mean":
         rewards[:] = labels.mean(axis=1, dtype=np.float64, keepdims=True)
-    np.put_along_axis(rewards, labeled, labels, axis=1)  # zero, mean: labels stay as they are
+    np.put_along_axis(rewards, labeled, labels, axis=1)  # whatever the kind, a label stays as it is
     return rewards  # with "labeled", main() then keeps only the labelled rows
 
 
@@ -617,7 +619,7 @@ def reward_scale(rewards: np.ndarray, labeled: np.ndarray, dataset: Dataset, lab
         episodes, ids, counts = np.unique(
             dataset.episode_ids[rows], return_inverse=True, return_counts=True
         )
-        # Of all rows: the sum of the rewards. Of labels: their mean times the episode's length.
+        # The mean of the episode's rows here times its length: the sum, if all its rows are here.
         returns = np.bincount(ids, seed_rewards[rows]) / counts * lengths[episodes]
         differ = np.ptp(returns) > 1e-6 * np.abs(returns).max()
         hint = "--scale-rewards needs two episodes whose returns differ; or use --no-scale-rewards"
@@ -1025,7 +1027,7 @@ def make_policies(actor: MLP, task: Task) -> list[Policy]:
 
 
 def write_policies(actor: MLP, task: Task, seeds: range, run_dir: Path) -> list[Path]:
-    """Each seed's actor as it is now, in policy_seed{k}.npz."""
+    """Write each seed's actor as it is now to a file of its own; returns their paths."""
     paths = []
     for seed, policy in zip(seeds, make_policies(actor, task)):
         path = run_dir / f"policy_seed{seed}.npz"
@@ -1038,7 +1040,7 @@ def write_policies(actor: MLP, task: Task, seeds: range, run_dir: Path) -> list[
 def run_episode(path: Path, env_spec, seed: int, stopped: list) -> float | None:
     """Return of one deterministic episode of a policy's file; None if a signal stops it.
 
-    `stopped` is the list that signals_caught() fills, or one that stays empty."""
+    `stopped` gets an entry when a signal comes (signals_caught()); in a worker it stays empty."""
     with np.load(path) as arrays:
         policy = Policy(arrays)
     env = make_env(env_spec)
@@ -1075,14 +1077,14 @@ def init_worker() -> None:
 
 
 def start_evaluation(workers: Executor, paths, task: Task, updates_done, args, stopped) -> list:
-    """Evaluate each seed's policy: a list of (update, seed, the futures of its episodes).
+    """Begin to evaluate each seed's policy: (update, seed, the futures of its episodes) of each.
 
     The policy's path is sent, not its arrays: Python 3.11.2 hangs if a worker dies during a long
     message."""
     if task.env_spec is None:
         return []
     if args.eval_workers > 0:
-        stopped = []  # workers finish what they began: those scores belong in the checkpoint
+        stopped = []  # a worker gets a copy and no signals: it finishes, and is waited for
     pending = []
     for k, path in enumerate(paths):
         # The same start states for every seed, and at every evaluation.
@@ -1121,7 +1123,7 @@ def finish_evaluation(pending: list, scores: list, task: Task, run_dir, tracker)
 
 
 def metric_of(task: Task) -> str:
-    return "score" if task.ref_max > task.ref_min else "return"  # without references, NaN
+    return "score" if task.ref_max > task.ref_min else "return"  # no references (NaN): return
 
 
 def evaluations_left(args, task: Task, updates_done: int, scores: list) -> list[int]:
@@ -1294,13 +1296,14 @@ def choose_device(name: str) -> torch.device:
     """The device to train on; a GPU is made ready for recording."""
     if name == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
-    torch.cuda.set_stream(torch.cuda.Stream())  # nothing can be recorded on the default stream
+    # repeat() records on the current stream, which must not be the default one.
+    torch.cuda.set_stream(torch.cuda.Stream())
     warnings.filterwarnings("ignore", ".*capturable=True.*")  # Adam's, of updates not recorded
     return torch.device("cuda")
 
 
 def choose_precision(name: str, device: torch.device, resumed: dict | None) -> str:
-    """The fastest setting that still multiplies in float32; a resumed run keeps its own."""
+    """`name`; if it is auto, the fastest that is float32, or on resuming the run's own."""
     if name != "auto":
         return name
     # On x86, medium hands products to oneDNN, often the faster library, which rounds them to
@@ -1312,7 +1315,7 @@ def choose_precision(name: str, device: torch.device, resumed: dict | None) -> s
         return fastest
     before = resumed["config"]["matmul_precision"]
     require(
-        before in ("highest", fastest),  # highest is float32 anywhere
+        before in ("highest", fastest),  # both are float32 on this machine
         f"the run began with --matmul-precision {before}, which may be less than float32 on this "
         "machine: give that option again to resume anyway",
     )
@@ -1349,7 +1352,7 @@ def compiled(function):
     return run
 
 
-compiled.on = False  # set_speed() decides
+compiled.on = False  # one switch for all wrapped functions; set_speed() decides
 
 # The functions that take the time. Every call, including those above, finds the wrapped version.
 gather = compiled(gather)
@@ -1371,8 +1374,9 @@ def set_speed(precision: str, compiles: bool) -> None:
 def repeat(step, generators: list[torch.Generator], recorded: bool):
     """Each next() calls step() and yields what it returns; if `recorded`, it replays a CUDA graph.
 
-    A replay runs the hundred kernels of a step on the same memory in one launch. The generators
-    that a step draws from are registered with the graph, which moves them on at each replay."""
+    A replay runs the hundred kernels of a step on the same memory in one launch. The random
+    generators that a step draws from are registered with the graph, which moves them on at each
+    replay."""
     if not recorded:
         while True:
             yield step()
@@ -1426,7 +1430,7 @@ def check_common_arguments(args) -> None:
 
 
 def fingerprint(dataset: Dataset) -> str:
-    """Of what a run is trained on: a resumed run must find the same."""
+    """A hash of what a run is trained on: a resumed run must find the same."""
     digest = hashlib.sha256()
     for name in (*Transitions._fields, "episode_ids"):  # Dataset has the same names
         digest.update(np.ascontiguousarray(getattr(dataset, name)))
@@ -1457,8 +1461,8 @@ def describe_quality(quality: dict | None) -> str:
 def print_header(dataset: Dataset, labeled: np.ndarray, task: Task, config: dict) -> None:
     num_rows, num_episodes = len(dataset.rewards), dataset.episode_ids[-1] + 1
     print(f"dataset       {dataset.name}: {num_rows:,} transitions, {num_episodes:,} episodes")
-    known = "all" if config["rewards"] == "oracle" else f"{labeled.shape[1]:,} labelled"
-    print(f"rewards       {config['rewards']}, {known}, {len(labeled)} seed(s)")
+    seen = "all" if config["rewards"] == "oracle" else f"{labeled.shape[1]:,} labelled"
+    print(f"rewards       {config['rewards']}, {seen}, {len(labeled)} seed(s)")
     if task.env_spec is None:
         low = task.low.astype(float).round(4).tolist()
         high = task.high.astype(float).round(4).tolist()
@@ -1567,8 +1571,8 @@ def main(args: Args) -> None:
                 progress.update(1)
                 if tracker and updates_done % args.log_freq == 0:
                     log_losses(tracker, updates_done, losses, updates_per_second())
-            # First the evaluation before this one: its scores belong in the checkpoint, and its
-            # policies are about to be overwritten.
+            # With workers, the evaluation before this one: its scores belong in the checkpoint, and
+            # its policies are about to be overwritten. Without, one that a signal stopped: it stays.
             finish_evaluation(pending, scores, task, run_dir, tracker)
             paths = write_policies(agent.actor, task, seeds, run_dir)
             checkpoint = {
@@ -1581,7 +1585,7 @@ def main(args: Args) -> None:
                 "track_id": tracker.id if tracker else None,
             }
             write_checkpoint(run_dir / "checkpoint.pt", checkpoint)
-            if stopped:
+            if stopped:  # also if it came in the last round, during an evaluation without workers
                 break
             pending = start_evaluation(workers, paths, task, updates_done, args, stopped)
             # Without workers, or after the last update, wait for it now.

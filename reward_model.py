@@ -105,7 +105,7 @@ class Dataset(NamedTuple):
 
     observations: np.ndarray  # (N, obs_dim), float32
     actions: np.ndarray  # (N, act_dim), float32, in the log's own units
-    rewards: np.ndarray  # (N,), float32, NaN where nobody labelled
+    rewards: np.ndarray  # (N,), float32, NaN where nobody knows it
     next_observations: np.ndarray  # (N, obs_dim), float32
     terminals: np.ndarray  # (N,), float32, 1 = the task ended: no bootstrap
     episode_ids: np.ndarray  # (N,), int64, consecutive from 0
@@ -155,7 +155,7 @@ class MLP(nn.Module):
         self.layer3 = BatchedLinear(hidden_dim, out_dim, generators)
 
     def forward(self, *inputs: torch.Tensor) -> torch.Tensor:
-        """Of observations (seeds, batch, obs_dim), or of observations and actions."""
+        """Takes observations (seeds, batch, obs_dim), or observations and actions."""
         x = (join(self.widths, *inputs) - self.mean) / self.std
         x = F.relu(self.layer1(x))
         x = F.relu(self.layer2(x))
@@ -168,7 +168,7 @@ def make_generators(seeds: range, stream: int) -> list[torch.Generator]:
 
 
 def mean_and_std(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of each column, in float64: float32 loses digits where the mean is far from 0."""
+    """Each column's mean and std, in float64: float32 loses digits if the mean is far from 0."""
     std, mean = torch.std_mean(rows.double(), dim=0, correction=0)
     return mean, std
 
@@ -186,7 +186,7 @@ def make_adam(parameters, learning_rate: float | torch.Tensor) -> torch.optim.Ad
 
 # --- Reward model (Romeo & Bagdanov 2024) ---
 def split_labels(rewards: np.ndarray, fraction: float | None, seeds: range) -> np.ndarray:
-    """Draw the transitions whose reward each seed may see: their row numbers, (seeds, labels)."""
+    """Draw each seed's labelled transitions, whose reward it may see: row numbers, (seeds, labels)."""
     known = np.flatnonzero(~np.isnan(rewards))
     require(len(known) > 0, "no transition is labelled: every reward is NaN")
     if fraction is None:  # the paper's 1%; of a log that people labelled, every label
@@ -236,8 +236,8 @@ def check_labels(dataset: Dataset, labeled: np.ndarray) -> None:
     require(differ, f"a seed's {labeled.shape[1]} labelled rewards are all equal: label more")
 
 
-# A loss and its backward() are one function, so that both are compiled together: under Speed,
-# `compiled` wraps this function and others.
+# A loss and its backward() are one function, so that both are compiled together: at the end of
+# Speed its name, like that of `gather`, is bound anew, to a version that may run compiled.
 def reward_backward(model: MLP, observations, actions, rewards) -> None:
     """Eq. 4 of each seed, and its gradients."""
     loss = (model(observations, actions).squeeze(-1) - rewards).square().mean(dim=1)  # (seeds,)
@@ -259,8 +259,8 @@ def fit_reward_model(reward_model, dataset: Dataset, labeled, generators, args) 
     num_seeds, num_labels = labeled.shape
     batch_size = min(args.reward_batch_size, num_labels)
     padded_length = math.ceil(num_labels / batch_size) * batch_size
-    # Each next(steps) calls step(), or on a GPU replays a recording of it (`repeat`, under Speed).
-    # Neither takes arguments, so the rows of a batch are written into `rows`.
+    # Each next(steps) calls step(), or on a GPU replays a recording of it (`repeat`, under Speed). A
+    # replay always reads the same memory, so the rows of each batch are written into `rows`.
     rows = torch.zeros(num_seeds, batch_size, dtype=torch.long, device=device)
 
     def step() -> None:
@@ -270,7 +270,7 @@ def fit_reward_model(reward_model, dataset: Dataset, labeled, generators, args) 
         optimizer.step()
 
     is_recorded = args.cuda_graph and device.type == "cuda"
-    steps = repeat(step, [], is_recorded)  # a step draws nothing: no generators
+    steps = repeat(step, [], is_recorded)  # []: step() draws no random numbers
     for _ in tqdm(range(args.reward_epochs), "reward model", leave=False, disable=None):
         order = torch.stack([torch.randperm(num_labels, generator=g) for g in generators])
         # All batches are of one size: the last one is filled up with labels of the first.
@@ -388,14 +388,15 @@ class GaussianProcess(nn.Module):
         prior_means = [parameter.detach().clone() for parameter in self.parameters()]
         optimizer = torch.optim.Adam(self.parameters(), lr=0.1)
         for _ in range(100):
-            # -log p(y | parameters), up to a constant (2.30): y^T (L L^T)^-1 y / 2, which is
-            # |L^-1 y|^2 / 2, and log det(L L^T) / 2, which is the sum of log L_ii.
+            # -log p(y | parameters), up to a constant (2.30), of each seed's y ~ N(0, L L^T):
+            # |L^-1 y|^2 / 2, and log det(L L^T) / 2, which is the sum of log L_ii. Summed over
+            # seeds, as every loss here.
             L = self.cholesky(x[:, few])
             white = torch.linalg.solve_triangular(L, y[:, few], upper=False)
             loss = white.square().sum() / 2 + L.diagonal(dim1=1, dim2=2).log().sum()
             # -log p(parameters): each is normal with variance 1 around where it started. (k depends
-            # only on the products linear * r_j. Having linear as well lets the fit scale all slopes
-            # at the price of moving one parameter.)
+            # only on the products linear * r_j. With linear as a parameter of its own, moving that
+            # one scales all slopes, and the prior charges for one.)
             for parameter, prior_mean in zip(self.parameters(), prior_means):
                 loss = loss + (parameter - prior_mean).square().sum() / 2
             optimizer.zero_grad()
@@ -1073,13 +1074,14 @@ def choose_device(name: str) -> torch.device:
     """The device to train on; a GPU is made ready for recording."""
     if name == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
-    torch.cuda.set_stream(torch.cuda.Stream())  # nothing can be recorded on the default stream
+    # repeat() records on the current stream, which must not be the default one.
+    torch.cuda.set_stream(torch.cuda.Stream())
     warnings.filterwarnings("ignore", ".*capturable=True.*")  # Adam's, of updates not recorded
     return torch.device("cuda")
 
 
 def choose_precision(name: str, device: torch.device, resumed: dict | None) -> str:
-    """The fastest setting that still multiplies in float32; a resumed run keeps its own."""
+    """`name`; if it is auto, the fastest that is float32, or on resuming the run's own."""
     if name != "auto":
         return name
     # On x86, medium hands products to oneDNN, often the faster library, which rounds them to
@@ -1091,7 +1093,7 @@ def choose_precision(name: str, device: torch.device, resumed: dict | None) -> s
         return fastest
     before = resumed["config"]["matmul_precision"]
     require(
-        before in ("highest", fastest),  # highest is float32 anywhere
+        before in ("highest", fastest),  # both are float32 on this machine
         f"the run began with --matmul-precision {before}, which may be less than float32 on this "
         "machine: give that option again to resume anyway",
     )
@@ -1128,7 +1130,7 @@ def compiled(function):
     return run
 
 
-compiled.on = False  # set_speed() decides
+compiled.on = False  # one switch for all wrapped functions; set_speed() decides
 
 # The functions that take the time. Every call, including those above, finds the wrapped version.
 gather = compiled(gather)
@@ -1146,8 +1148,9 @@ def set_speed(precision: str, compiles: bool) -> None:
 def repeat(step, generators: list[torch.Generator], recorded: bool):
     """Each next() calls step() and yields what it returns; if `recorded`, it replays a CUDA graph.
 
-    A replay runs the hundred kernels of a step on the same memory in one launch. The generators
-    that a step draws from are registered with the graph, which moves them on at each replay."""
+    A replay runs the hundred kernels of a step on the same memory in one launch. The random
+    generators that a step draws from are registered with the graph, which moves them on at each
+    replay."""
     if not recorded:
         while True:
             yield step()
