@@ -1061,7 +1061,15 @@ def make_workers(num_workers: int) -> Executor:
     if num_workers == 0:
         return ThreadPoolExecutor(1)  # so that there are futures to wait for in either case
     os.environ["OMP_NUM_THREADS"] = "1"  # for workers, which read it when they start
-    return ProcessPoolExecutor(num_workers, get_context("spawn"), init_worker)
+    workers = ProcessPoolExecutor(num_workers, get_context("spawn"), init_worker)
+    # A terminal sends Ctrl-C to all processes, also to a worker that has yet to reach init_worker().
+    # It inherits that signals wait; here they arrive a moment later.
+    if hasattr(signal, "pthread_sigmask"):  # not on Windows
+        signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
+        for _ in range(num_workers):
+            workers.submit(os.getpid)  # any job: it starts a worker
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGINT, signal.SIGTERM))
+    return workers
 
 
 def init_worker() -> None:
@@ -1176,7 +1184,8 @@ def make_run_dir(run_dir: Path | None, name: str) -> Path:
     if run_dir:
         run_dir.mkdir(parents=True, exist_ok=True)
         return run_dir
-    run_dir = Path("runs") / f"{name.replace('/', '-')}__{int(time.time())}"
+    name = name.replace("/", "-").replace(":", "-")
+    run_dir = Path("runs") / f"{name}__{int(time.time())}"
     run_dir.parent.mkdir(exist_ok=True)
     while True:
         try:
@@ -1256,11 +1265,11 @@ def log_losses(tracker, updates_done: int, losses: dict, speed: float) -> None:
 
 
 def leave(number: int, updates_done: int, run_dir: Path, args) -> None:
-    """End a run that a signal stopped; print the command that resumes it."""
-    more = [] if args.run_dir else ["--run-dir", str(run_dir)]
+    """End a run that a signal stopped; say how it goes on."""
+    more = [] if args.run_dir else ["--run-dir", run_dir.as_posix()]
     more += [] if args.resume else ["--resume"]
-    command = shlex.join([sys.executable, *sys.argv, *more])
-    tqdm.write(f"stopped after {updates_done:,} updates; resume with: {command}")
+    more = f" with {shlex.join(more)}" if more else ""
+    tqdm.write(f"stopped after {updates_done:,} updates; to go on, repeat the command{more}")
     sys.exit(128 + number)
 
 

@@ -1008,9 +1008,11 @@ def find_env_spec(env: str | minari.MinariDataset | None) -> gym.envs.registrati
     try:
         if module:  # my_package:MyEnv-v0
             import_module(module)
-        return gym.spec(name)
+        spec = gym.spec(name)
+        spec.to_json()  # fails for one registered by its class or a function, not by their name
+        return spec
     except Exception as error:  # unknown id, missing package, or the package's own
-        raise UserError(f"cannot find the environment of {env}: {error}") from error
+        raise UserError(f"cannot find or store the environment of {env}: {error}") from error
 
 
 # --- Run directory ---
@@ -1052,7 +1054,8 @@ def make_run_dir(run_dir: Path | None, name: str) -> Path:
     if run_dir:
         run_dir.mkdir(parents=True, exist_ok=True)
         return run_dir
-    run_dir = Path("runs") / f"{name.replace('/', '-')}__{int(time.time())}"
+    name = name.replace("/", "-").replace(":", "-")
+    run_dir = Path("runs") / f"{name}__{int(time.time())}"
     run_dir.parent.mkdir(exist_ok=True)
     while True:
         try:

@@ -861,12 +861,24 @@ def test_a_minari_dataset_names_the_simulator_it_can_be_evaluated_in(env_id, few
     assert script.load_dataset("my/full-v0").env.env_spec.entry_point == "own_envs:WideEnv"
 
 
-def test_a_failed_write_leaves_no_part_of_a_minari_dataset(few_steps, monkeypatch):
-    def fail(*arguments):
-        assert Path("minari/my/full-v0/data/main_data.hdf5").exists()
-        raise OSError("disk full")
+def test_a_simulator_that_minari_cannot_store_is_refused_before_the_fit(monkeypatch):
+    """One registered by its class, not by the name of it."""
+    monkeypatch.setitem(gym.registry, "Own-v0", gym.envs.registration.EnvSpec("Own-v0", gym.Env))
+    monkeypatch.setattr(script, "fit_reward_model", None)
+    with pytest.raises(script.UserError, match="cannot find or store the environment of Own-v0"):
+        run(f"{SOME} --env-id Own-v0 --output-minari-id my/full-v0")
+    assert not Path("minari/my").exists()
 
-    monkeypatch.setattr(gym.envs.registration.EnvSpec, "to_json", fail)  # after the transitions
+
+def test_a_failed_write_leaves_no_part_of_a_minari_dataset(few_steps, monkeypatch):
+    to_json = gym.envs.registration.EnvSpec.to_json
+
+    def fail(env_spec):
+        if Path("minari/my/full-v0/data/main_data.hdf5").exists():  # after the transitions
+            raise OSError("disk full")
+        return to_json(env_spec)
+
+    monkeypatch.setattr(gym.envs.registration.EnvSpec, "to_json", fail)
     with pytest.raises(OSError, match="disk full"):
         run(f"{SOME} --env-id own_envs:Wide-v0 --output-minari-id my/full-v0")
     assert not Path("minari/my/full-v0").exists()

@@ -219,7 +219,7 @@ def forget_result(run_dir):
 def test_a_run_leaves_scores_configuration_result_and_policies(script, tmp_path, capsys):
     train_own(script, "--num-updates 10 --eval-freq 4 --num-seeds 2 --seed 3")
     (run_dir,) = Path("runs").iterdir()
-    assert re.fullmatch(rf"own_envs:Wide-v0__{script.__name__}__imputed__3__\d+", run_dir.name)
+    assert re.fullmatch(rf"own_envs-Wide-v0__{script.__name__}__imputed__3__\d+", run_dir.name)
     files = {"checkpoint.pt", "config.json", "result.json", "scores.csv"}
     files |= {"policy_seed3.npz", "policy_seed4.npz"}
     assert {path.name for path in run_dir.iterdir()} == files
@@ -478,7 +478,7 @@ def test_kill_9_leaves_no_worker_and_a_run_that_goes_on_to_the_bit():
     assert_identical(outcome("undisturbed"), outcome("killed"))
 
 
-def test_the_printed_command_resumes_a_stopped_run_and_again_if_that_is_killed():
+def test_a_stopped_run_goes_on_as_it_printed_and_again_if_that_is_killed():
     options = f"{OWN} --num-updates 140 --eval-freq 20 --num-seeds 2"
     train(iql_imputed, f"{options} --run-dir undisturbed")
     process = start(iql_imputed, f"{options} --run-dir=run")
@@ -486,11 +486,10 @@ def test_the_printed_command_resumes_a_stopped_run_and_again_if_that_is_killed()
     process.send_signal(signal.SIGINT)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 130, output
-    command = output.splitlines()[-1].split("; resume with: ")[1]
-    assert command.endswith(f"{options} --run-dir=run --resume")
+    assert output.splitlines()[-1].endswith("; to go on, repeat the command with --resume")
 
     num_scores = len(read_scores("run"))
-    process = subprocess.Popen(f"exec {command}", shell=True, env=environment())
+    process = start(iql_imputed, f"{options} --run-dir=run --resume")
     while len(read_scores("run")) == num_scores:
         assert process.poll() is None
         time.sleep(0.01)
@@ -524,17 +523,13 @@ def signal_at_update(script, monkeypatch, number, at):
     monkeypatch.setattr(script, "update", interrupted)
 
 
-def stop(script, options, monkeypatch, capsys):
+def stop(script, options, capsys):
     """Exit code of a run that a signal ends, and the options of the command that goes on."""
-    arguments = shlex.split(f"{SMALL} {options}")
-    monkeypatch.setattr(sys, "argv", [script.__file__, *arguments])
     with pytest.raises(SystemExit) as end:
         train(script, options)
     last = capsys.readouterr().out.splitlines()[-1]
-    command = re.fullmatch(r"stopped after [\d,]+ updates; resume with: (.*)", last)[1]
-    python, path, *arguments = shlex.split(command)
-    assert (python, path) == (sys.executable, script.__file__)
-    return end.value.code, shlex.join(arguments)
+    how = r"stopped after [\d,]+ updates; to go on, repeat the command with (.*)"
+    return end.value.code, f"{options} {re.fullmatch(how, last)[1]}"
 
 
 @pytest.mark.parametrize(
@@ -556,7 +551,7 @@ def test_a_signal_writes_a_checkpoint_and_says_how_to_go_on(
     calls_per_evaluation = 10 if script is iql_imputed else 5
     with monkeypatch.context() as patch:
         signal_at_update(script, patch, number, at=calls_per_evaluation + 2)
-        found, resume = stop(script, f"{options} --run-dir 'my run'", patch, capsys)
+        found, resume = stop(script, f"{options} --run-dir 'my run'", capsys)
     assert found == code
     assert read_state("my run")["num_updates"] == (12 if script is iql_imputed else 14)
     assert len(read_scores("my run")) == 2, "the evaluation before it"
@@ -573,7 +568,7 @@ def test_a_stopped_run_resumes_to_the_bit_whatever_its_agent_sees(
     train(script, f"{options} --run-dir undisturbed")
     with monkeypatch.context() as patch:
         signal_at_update(script, patch, signal.SIGTERM, at=3)
-        _, resume = stop(script, f"{options} --run-dir run", patch, capsys)
+        _, resume = stop(script, f"{options} --run-dir run", capsys)
     train(script, resume)
     assert_identical(outcome("undisturbed"), outcome("run"))
 
@@ -581,15 +576,15 @@ def test_a_stopped_run_resumes_to_the_bit_whatever_its_agent_sees(
 def test_a_run_without_a_run_dir_says_which_one_to_go_on_from(monkeypatch, capsys):
     with monkeypatch.context() as patch:
         signal_at_update(iql_imputed, patch, signal.SIGTERM, at=3)
-        _, resume = stop(iql_imputed, f"{OWN} --num-updates 6", patch, capsys)
+        _, resume = stop(iql_imputed, f"{OWN} --num-updates 6", capsys)
     train(iql_imputed, resume)
     assert len(list(Path("runs").glob("*/result.json"))) == 1
 
 
 @BOTH
-def test_a_signal_is_obeyed_between_the_steps_of_an_evaluation(script, monkeypatch, capsys):
+def test_a_signal_is_obeyed_between_the_steps_of_an_evaluation(script, capsys):
     options = f"{OWN} --env-id Endless-v0 --num-updates 4 --eval-freq 2 --run-dir run"
-    code, _ = stop(script, options, monkeypatch, capsys)
+    code, _ = stop(script, options, capsys)
     assert code == 130
     assert read_state("run")["num_updates"] == 2
     assert not Path("run/scores.csv").exists(), "half an evaluation is none"
@@ -654,7 +649,7 @@ def test_main_gives_the_signal_handlers_back(script, monkeypatch, capsys):
     for number, handler in handlers.items():
         assert signal.getsignal(number) is handler, "after a run"
     signal_at_update(script, monkeypatch, signal.SIGINT, at=1)
-    stop(script, f"{OWN} --num-updates 4", monkeypatch, capsys)
+    stop(script, f"{OWN} --num-updates 4", capsys)
     for number, handler in handlers.items():
         assert signal.getsignal(number) is handler, "after a run that was stopped"
 
@@ -970,6 +965,19 @@ def test_workers_evaluate_to_the_same_numbers():
     assert_identical(outcome("here"), outcome("workers"))
 
 
+@BOTH
+def test_workers_outlive_a_ctrl_c_that_comes_while_they_start(script):
+    """A terminal sends it to all processes of the group."""
+    options = f"{OWN} --num-updates 8 --eval-freq 4 --eval-workers 2 --run-dir run"
+    process = start(script, options, start_new_session=True)
+    wait_for("run/checkpoint.pt", process)  # the workers import torch
+    os.killpg(process.pid, signal.SIGINT)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 130, output
+    assert output.splitlines()[-1].endswith("; to go on, repeat the command with --resume")
+    assert len(read_scores("run")) == 1, "the evaluation under way"
+
+
 def test_a_dead_worker_ends_the_run_which_resumes_without_workers():
     options = f"{OWN} --env-id Deadly-v0 --num-updates 8 --eval-freq 4"
     with pytest.raises(BrokenExecutor):  # which __main__ shows as one line
@@ -1024,7 +1032,7 @@ def test_a_log_without_a_simulator_becomes_a_policy_and_is_not_evaluated(
     with monkeypatch.context() as patch:
         at = 6 if script is iql_imputed else 3  # after the first checkpoint
         signal_at_update(script, patch, signal.SIGINT, at)
-        _, resume = stop(script, f"{options} --run-dir run", patch, capsys)
+        _, resume = stop(script, f"{options} --run-dir run", capsys)
     assert read_state("run")["num_updates"] == 6
     train(script, resume)
     for run_dir in ("run", "undisturbed"):
