@@ -3,7 +3,8 @@
 # The paper's Table 1 and Figure 2, and more, from one script:
 #
 #   bash benchmark.sh list table1      its commands, one per line
-#   bash benchmark.sh run table1       run those not finished; may be interrupted and repeated
+#   bash benchmark.sh run table1       run those not finished; may be interrupted (Ctrl-C, kill %1)
+#                                      and repeated
 #   bash benchmark.sh report table1    Markdown tables; results/table1.csv and pictures beside it,
 #                                      which replace another target's
 #   sbatch --array=0-62%8 benchmark.sh run table1      on a SLURM cluster, one command per task
@@ -51,11 +52,11 @@ cd "$home" && [[ -e td3bc_imputed.py ]] ||
     fail "no td3bc_imputed.py in $home: submit from the folder of the scripts"
 jobs=${JOBS:-1} runs=${RUNS:-runs/benchmark} python=${PYTHON:-python}
 [[ $jobs =~ ^[1-9][0-9]*$ ]] || fail "JOBS must be a positive number, not $jobs"
-cores=${SLURM_CPUS_PER_TASK:-$(nproc)}
+cores=${SLURM_CPUS_PER_TASK:-$(getconf _NPROCESSORS_ONLN)}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(((cores + jobs - 1) / jobs))}
 
 # Datasets, and settings: algorithm, rewards, fraction of labels.
-seeds=5 updates=1000000 more=()
+seeds=5 updates=1000000 more=""
 read -ra fractions <<<"${FRACTIONS:-0.00003 0.0001 0.0003 0.001 0.01}"
 datasets=({halfcheetah,hopper,walker2d}-medium{,-replay,-expert}-v2)
 two_datasets=(walker2d-medium-replay-v2 halfcheetah-medium-expert-v2)
@@ -73,12 +74,12 @@ case $target in
         done ;;
     bundled)
         datasets=(halfcheetah-medium-replay-mini)
-        seeds=3 updates=10000 more=(--eval-freq 1000) ;;
+        seeds=3 updates=10000 more=" --eval-freq 1000" ;;
 esac
 if [[ -n ${DATASETS:-} ]]; then
-    mapfile -t datasets < <(
-        cd "$DATASETS" && find . -maxdepth 1 -name \*.hdf5 | LC_ALL=C sort |
-            sed "s:./::; s:.hdf5$::"
+    datasets=()
+    while read -r file; do datasets+=("$(basename "$file" .hdf5)"); done < <(
+        find "$DATASETS" -maxdepth 1 -name \*.hdf5 | LC_ALL=C sort
     )
     ((${#datasets[@]})) || fail "no .hdf5 files in DATASETS=$DATASETS"
 fi
@@ -101,8 +102,7 @@ commands() {
             [[ $rewards != imputed-gp ]] || options+=(--reward-model gp)
             [[ $algorithm != bc ]] || options+=(--alpha 0)
             options+=(--num-seeds "${SEEDS:-$seeds}" --num-updates "${UPDATES:-$updates}")
-            options+=("${more[@]}")
-            echo "$python $script$(printf " %q" "${options[@]}")${OPTIONS:+ $OPTIONS}" \
+            echo "$python $script$(printf " %q" "${options[@]}")$more${OPTIONS:+ $OPTIONS}" \
                 "--run-dir $(printf "%q" "$run_dir") --resume"
         done
     done
@@ -136,7 +136,9 @@ one() {
 
 case $action in
     list) commands; exit ;;
-    one) # for xargs, which goes on after any code but 255: after Ctrl-C or SIGTERM none begins
+    one) # for xargs, which goes on after any code but 255: after Ctrl-C or SIGTERM none begins,
+        # nor after `run` was killed
+        kill -0 "${RUNNER:-$$}" 2>/dev/null || exit 255
         one "$3"
         case $? in 130 | 143) exit 255 ;; *) exit 0 ;; esac ;;
     run)
@@ -144,7 +146,7 @@ case $action in
             one "$SLURM_ARRAY_TASK_ID"
             exit
         fi
-        FAILED=$(mktemp) && export FAILED
+        FAILED=$(mktemp) && export FAILED RUNNER=$$
         trap 'rm -f "$FAILED"' EXIT
         last=$(($(run_dirs | wc -l) - 1))
         seq 0 "$last" | xargs -P "$jobs" -I{} bash "$self" one "$target" {} || exit 130
@@ -154,7 +156,8 @@ case $action in
 esac
 
 # The report, from the run directories.
-mapfile -t expected < <(run_dirs)
+expected=()
+while read -r run_dir; do expected+=("$run_dir"); done < <(run_dirs)
 export MPLBACKEND=agg
 eval "exec $python"' - "$target" "${expected[@]}"' <<'PYTHON'
 """A target's report, from its run directories: Markdown tables, a CSV file and pictures."""

@@ -169,7 +169,7 @@ def stand_in(tmp_path):
     (tmp_path / "stand_in.sh").write_text(
         f"""run_dir=$(sed 's/.*--run-dir \\([^ ]*\\).*/\\1/' <<<"$*")
         echo "$OMP_NUM_THREADS $run_dir" >>{tmp_path}/calls
-        if [[ -e {tmp_path}/slow ]]; then trap 'exit 130' INT; sleep 30 & wait; fi
+        trap 'exit 130' INT; while [[ -e {tmp_path}/slow ]]; do sleep 0.05; done
         if [[ $run_dir == *iql__oracle* && ! -e {tmp_path}/repaired ]]; then exit 2; fi
         mkdir -p "$run_dir" && touch "$run_dir/result.json" && echo "result        of $run_dir"
         """
@@ -247,7 +247,8 @@ def test_a_repeated_run_adds_to_its_log(stand_in, tmp_path):
     assert log.read_text().startswith("why it failed\n")
 
 
-def test_an_interrupted_run_stops_and_goes_on_when_repeated(stand_in, tmp_path):
+def start_run(stand_in, tmp_path):
+    """A process of `benchmark.sh run` in the middle of its first run."""
     (tmp_path / "slow").touch()
     environment = without_settings() | {name: str(value) for name, value in stand_in.items()}
     command = ["bash", SCRIPT, "run", "bundled"]
@@ -259,12 +260,28 @@ def test_an_interrupted_run_stops_and_goes_on_when_repeated(stand_in, tmp_path):
         assert process.poll() is None
         time.sleep(0.05)
     time.sleep(0.3)
+    return process
+
+
+def test_an_interrupted_run_stops_and_goes_on_when_repeated(stand_in, tmp_path):
+    process = start_run(stand_in, tmp_path)
     os.killpg(process.pid, signal.SIGINT)  # as Ctrl-C does
     assert process.wait(10) != 0
     assert len(calls(tmp_path)) == 1, "it went on with the next run"
     (tmp_path / "slow").unlink()
     (tmp_path / "repaired").touch()
     assert bash("run", "bundled", **stand_in).count("result ") == 7
+
+
+def test_nothing_is_started_after_the_script_was_killed(stand_in, tmp_path):
+    process = start_run(stand_in, tmp_path)
+    process.terminate()
+    process.wait(10)
+    (tmp_path / "slow").unlink()
+    while not list(tmp_path.glob("runs/*/command")):  # the run under way ends by itself
+        time.sleep(0.05)
+    time.sleep(0.3)
+    assert len(calls(tmp_path)) == 1, "it went on with the next run"
 
 
 def test_a_slurm_task_runs_its_own_line_from_the_folder_it_was_submitted_from(stand_in, tmp_path):
