@@ -186,7 +186,7 @@ def make_adam(parameters, learning_rate: float | torch.Tensor) -> torch.optim.Ad
 
 # --- Reward model (Romeo & Bagdanov 2024) ---
 def split_labels(rewards: np.ndarray, fraction: float | None, seeds: range) -> np.ndarray:
-    """Draw each seed's labelled transitions, whose reward it may see: row numbers, (seeds, labels)."""
+    """Draw the transitions whose reward each seed may see: their row numbers, (seeds, labels)."""
     known = np.flatnonzero(~np.isnan(rewards))
     require(len(known) > 0, "no transition is labelled: every reward is NaN")
     if fraction is None:  # the paper's 1%; of a log that people labelled, every label
@@ -236,8 +236,8 @@ def check_labels(dataset: Dataset, labeled: np.ndarray) -> None:
     require(differ, f"a seed's {labeled.shape[1]} labelled rewards are all equal: label more")
 
 
-# A loss and its backward() are one function, so that both are compiled together: at the end of
-# Speed its name, like that of `gather`, is bound anew, to a version that may run compiled.
+# A loss and its backward() are one function, so that both are compiled together: under Speed, a
+# wrapper that may compile it takes over its name (reward_backward = compiled(reward_backward)).
 def reward_backward(model: MLP, observations, actions, rewards) -> None:
     """Eq. 4 of each seed, and its gradients."""
     loss = (model(observations, actions).squeeze(-1) - rewards).square().mean(dim=1)  # (seeds,)
@@ -259,8 +259,8 @@ def fit_reward_model(reward_model, dataset: Dataset, labeled, generators, args) 
     num_seeds, num_labels = labeled.shape
     batch_size = min(args.reward_batch_size, num_labels)
     padded_length = math.ceil(num_labels / batch_size) * batch_size
-    # Each next(steps) calls step(), or on a GPU replays a recording of it (`repeat`, under Speed). A
-    # replay always reads the same memory, so the rows of each batch are written into `rows`.
+    # `steps`, made by repeat() (under Speed), takes one step() at each next(steps): on a GPU by a
+    # replay, which always reads the same memory. So the rows of a batch are written into `rows`.
     rows = torch.zeros(num_seeds, batch_size, dtype=torch.long, device=device)
 
     def step() -> None:
@@ -345,7 +345,7 @@ class GaussianProcess(nn.Module):
         num_labels = min(num_labels, 2000)  # time grows with the cube
         self.register_buffer("mean", mean)  # (in_dim,), as in MLP
         self.register_buffer("std", std)
-        # Filled by fit(); here already so that a checkpoint can be loaded.
+        # Filled by fit(); made here so that load_state_dict() finds them.
         self.register_buffer("x", torch.zeros(num_seeds, num_labels, in_dim).double())
         self.register_buffer("weights", torch.zeros(num_seeds, num_labels, 1).double())
 
@@ -388,15 +388,15 @@ class GaussianProcess(nn.Module):
         prior_means = [parameter.detach().clone() for parameter in self.parameters()]
         optimizer = torch.optim.Adam(self.parameters(), lr=0.1)
         for _ in range(100):
-            # -log p(y | parameters), up to a constant (2.30), of each seed's y ~ N(0, L L^T):
-            # |L^-1 y|^2 / 2, and log det(L L^T) / 2, which is the sum of log L_ii. Summed over
+            # Equation 2.30, -log p(y | parameters) without its constant, for y ~ N(0, L L^T):
+            # |L^-1 y|^2 / 2, plus log det(L L^T) / 2, which is the sum of log L_ii. Summed over
             # seeds, as every loss here.
             L = self.cholesky(x[:, few])
             white = torch.linalg.solve_triangular(L, y[:, few], upper=False)
             loss = white.square().sum() / 2 + L.diagonal(dim1=1, dim2=2).log().sum()
-            # -log p(parameters): each is normal with variance 1 around where it started. (k depends
-            # only on the products linear * r_j. With linear as a parameter of its own, moving that
-            # one scales all slopes, and the prior charges for one.)
+            # -log p(parameters): each is normal with variance 1 around where it started. (k has
+            # linear and r_j only as products; but to scale all slopes alike, the prior charges for
+            # one change of linear, not for a change of every r_j.)
             for parameter, prior_mean in zip(self.parameters(), prior_means):
                 loss = loss + (parameter - prior_mean).square().sum() / 2
             optimizer.zero_grad()
@@ -412,7 +412,7 @@ class GaussianProcess(nn.Module):
 
 # --- Judging ---
 def linear_regression(dataset: Dataset, labeled: np.ndarray) -> np.ndarray:
-    """Each seed's rewards by least squares on (s, a, 1), labels included; (seeds, N)."""
+    """Least squares on (s, a, 1): each seed's prediction of every row, labelled too; (seeds, N)."""
     rewards = np.empty((len(labeled), len(dataset.rewards)), np.float32)
     inputs = np.hstack([dataset.observations, dataset.actions]).astype(np.float64)
     for seed_rewards, rows in zip(rewards, labeled):
@@ -424,7 +424,7 @@ def linear_regression(dataset: Dataset, labeled: np.ndarray) -> np.ndarray:
 
 
 def fit_and_predict(kind: str, dataset: Dataset, labeled: np.ndarray, seeds: range, args, device):
-    """A fitted model and its f(s, a) of every transition, (seeds, N), labels included."""
+    """A fitted model (None: linear), and its f(s, a) of every row, labelled or not; (seeds, N)."""
     if kind == "linear":
         return None, linear_regression(dataset, labeled)
     args = replace(args, reward_model=kind)
@@ -441,7 +441,7 @@ def judge(predicted: np.ndarray, dataset: Dataset, labeled: np.ndarray) -> dict[
     np.put_along_axis(imputed, labeled, dataset.rewards[labeled], axis=1)
     error = np.take_along_axis(predicted, labeled, axis=1) - dataset.rewards[labeled]
     train_mse = np.mean(np.square(error, dtype=np.float64), axis=1).tolist()
-    quality = imputation_quality(imputed, dataset, labeled)  # not None: callers hide some labels
+    quality = imputation_quality(imputed, dataset, labeled)  # not None: callers hide some rewards
     return {"train_mse": train_mse} | quality
 
 
@@ -547,11 +547,13 @@ def draw_episode(axes, dataset: Dataset, imputed: np.ndarray, labeled: np.ndarra
     returns = np.bincount(dataset.episode_ids, imputed)
     episode = np.argsort(returns)[len(returns) // 2]
     rows = np.flatnonzero(dataset.episode_ids == episode)[:150]
-    known = np.flatnonzero(np.isin(rows, labeled))
-    if np.count_nonzero(~np.isnan(dataset.rewards[rows])) > len(known):  # hidden ones are known
-        axes.plot(dataset.rewards[rows], color="black", linewidth=1.5, label="true")
+    given = np.flatnonzero(np.isin(rows, labeled))
+    if np.count_nonzero(~np.isnan(dataset.rewards[rows])) > len(given):  # a true one is hidden
+        # With dots, since one that stands alone among NaN has no line.
+        style = {"color": "black", "marker": ".", "markersize": 4, "linewidth": 1.5}
+        axes.plot(dataset.rewards[rows], label="true", **style)
     axes.plot(imputed[rows], color="tab:orange", linewidth=1, label="imputed")
-    axes.plot(known, imputed[rows[known]], "o", color="tab:blue", markersize=5, label="labelled")
+    axes.plot(given, imputed[rows[given]], "o", color="tab:blue", markersize=5, label="labelled")
     axes.set(
         xlabel="step", ylabel="reward", title=f"episode {episode}, its first {len(rows)} steps"
     )
@@ -722,8 +724,8 @@ def read_hdf5(path: Path, follow_d4rl: bool) -> dict[str, np.ndarray]:
     arrays = read_columns(path)
     terminals, timeouts = find_ends(path, arrays)
     is_kept = find_transitions(arrays, terminals, timeouts, follow_d4rl)
-    # Those of the next row. At an episode's end they are wrong, but such a row is either dropped
-    # or terminal, and then its next observation does not count.
+    # The next row's observations. At an episode's end they are wrong, but such a row is either
+    # dropped or terminal, and then its next observation does not count.
     next_observations = np.append(arrays["observations"][1:], arrays["observations"][-1:], axis=0)
     if not follow_d4rl:
         next_observations = arrays.get("next_observations", next_observations)
@@ -778,8 +780,8 @@ def check_layout(path: Path, columns: dict[str, h5py.Dataset]) -> None:
             require(column.ndim > 0 and column.shape[1:] in ((), (1,)), wrong_shape)
             continue
         require(column.ndim == 2 and column.shape[1] > 0, wrong_shape)
-        # HDF5 reads rows that were never written as zeros, terabytes of them in a damaged file, and
-        # so it does with rows that another file (external, virtual) should hold and does not.
+        # A row that was never written, or that lies in a missing file (external, virtual), HDF5
+        # reads as zeros: in a damaged file, terabytes of them.
         is_written = column.id.get_space_status() == h5py.h5d.SPACE_STATUS_ALLOCATED
         is_elsewhere = column.external or column.is_virtual
         require(
@@ -905,8 +907,8 @@ def write_hdf5(source: Path, target: Path, columns: dict, notes: dict) -> None:
         file.write(content.getbuffer())
 
 
-def complete_rows(source: Path, follow_d4rl: bool, reward_model, dataset, labeled, rewards) -> dict:
-    """A reward for every row of the file, also for those that are no transition; (rows,)."""
+def complete_rows(source: Path, follow_d4rl: bool, reward_model, dataset, labeled) -> dict:
+    """`rewards` and `labeled` of every row of the file, also those that are no transition."""
     arrays = read_columns(source)
     terminals, timeouts = find_ends(source, arrays)
     is_kept = find_transitions(arrays, terminals, timeouts, follow_d4rl)
@@ -920,7 +922,6 @@ def complete_rows(source: Path, follow_d4rl: bool, reward_model, dataset, labele
     names = ("observations", "actions", "rewards")
     every_row = dataset._replace(**{name: arrays[name] for name in names})
     completed = impute_rewards(reward_model, every_row, labeled[:, :0])[0]
-    completed[is_kept] = rewards[0]
     with h5py.File(source) as file:
         exact = file["rewards"][()].reshape(-1)  # labels stay as they are, also in float64
     completed = completed.astype(np.result_type(exact, np.float32))
@@ -999,7 +1000,7 @@ def write_minari(args: Args, dataset: Dataset, labeled, rewards: np.ndarray, env
 
 
 def find_env_spec(env: str | minari.MinariDataset | None) -> gym.envs.registration.EnvSpec | None:
-    """Of the dataset's simulator, without making it; UserError if there is no such simulator."""
+    """The spec of a simulator, without making it; UserError if there is none to store."""
     if env is None:
         return None
     if isinstance(env, minari.MinariDataset):
@@ -1075,16 +1076,16 @@ def write_config(run_dir: Path, config: dict, resume: bool) -> None:
 # --- Speed ---
 def choose_device(name: str) -> torch.device:
     """The device to train on; a GPU is made ready for recording."""
+    warnings.filterwarnings("ignore", ".*capturable=True.*")  # Adam's, of updates not recorded
     if name == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
     # repeat() records on the current stream, which must not be the default one.
     torch.cuda.set_stream(torch.cuda.Stream())
-    warnings.filterwarnings("ignore", ".*capturable=True.*")  # Adam's, of updates not recorded
     return torch.device("cuda")
 
 
 def choose_precision(name: str, device: torch.device, resumed: dict | None) -> str:
-    """`name`; if it is auto, the fastest that is float32, or on resuming the run's own."""
+    """`name`; if it is auto, the fastest that is float32, or that of the (agent's) run resumed."""
     if name != "auto":
         return name
     # On x86, medium hands products to oneDNN, often the faster library, which rounds them to
@@ -1208,8 +1209,8 @@ def check_common_arguments(args) -> None:
     require(not no_gpu, "--device cuda: there is no usable GPU here")
 
 
-def hold_out(labeled: np.ndarray, seeds: range) -> np.ndarray:
-    """Four fifths of each seed's labels, where there is no other reward to judge on."""
+def four_fifths(labeled: np.ndarray, seeds: range) -> np.ndarray:
+    """Four fifths of each seed's labels, to fit to: the others are all there is to judge on."""
     count = max(1, int(0.8 * labeled.shape[1]))
     draws = []
     for seed, rows in zip(seeds, labeled):
@@ -1230,7 +1231,7 @@ def main(args: Args) -> None:
     num_episodes = dataset.episode_ids[-1] + 1
     fitted_to, judged_on = labeled, "the hidden rewards"
     if labeled.shape[1] == num_known:  # nothing is hidden
-        fitted_to = hold_out(labeled, seeds)
+        fitted_to = four_fifths(labeled, seeds)
         num_held_out = labeled.shape[1] - fitted_to.shape[1]
         judged_on = f"{num_held_out:,} labels, held out; the model written is then fitted to all"
     num_rows = len(dataset.rewards)
@@ -1273,7 +1274,6 @@ def main(args: Args) -> None:
     # 4. The model, fitted to all labels, and the dataset with the rewards of its first seed.
     if fitted_to is not labeled:
         reward_model, _ = fit_and_predict(args.reward_model, dataset, labeled, seeds, args, device)
-    rewards = impute_rewards(reward_model, dataset, labeled)
     state = {
         name.removeprefix("model."): x.cpu().numpy()
         for name, x in reward_model.state_dict().items()
@@ -1283,7 +1283,7 @@ def main(args: Args) -> None:
     if args.output_path:
         source = args.dataset_path or find_file(dataset.name)
         follow_d4rl = args.dataset_path is None
-        columns = complete_rows(source, follow_d4rl, reward_model, dataset, labeled, rewards)
+        columns = complete_rows(source, follow_d4rl, reward_model, dataset, labeled)
         notes = {"quality": quality, "judged_on": judged_on, "settings": asdict(args)}
         write_hdf5(source, args.output_path, columns, notes)
         num_labels = np.count_nonzero(columns["labeled"])
@@ -1295,6 +1295,7 @@ def main(args: Args) -> None:
         if num_unknown > 0:
             print(f"unknown       {num_unknown:,} rewards: observation or action is NaN or inf")
     if args.output_minari_id:
+        rewards = impute_rewards(reward_model, dataset, labeled)
         write_minari(args, dataset, labeled, rewards, env_spec)
         print(
             f"written       {args.output_minari_id}: {labeled.shape[1]:,} labels, all else imputed; "

@@ -211,7 +211,7 @@ def make_adam(parameters, learning_rate: float | torch.Tensor) -> torch.optim.Ad
 
 # --- Reward model (Romeo & Bagdanov 2024) ---
 def split_labels(rewards: np.ndarray, fraction: float | None, seeds: range) -> np.ndarray:
-    """Draw each seed's labelled transitions, whose reward it may see: row numbers, (seeds, labels)."""
+    """Draw the transitions whose reward each seed may see: their row numbers, (seeds, labels)."""
     known = np.flatnonzero(~np.isnan(rewards))
     require(len(known) > 0, "no transition is labelled: every reward is NaN")
     if fraction is None:  # the paper's 1%; of a log that people labelled, every label
@@ -261,8 +261,8 @@ def check_labels(dataset: Dataset, labeled: np.ndarray) -> None:
     require(differ, f"a seed's {labeled.shape[1]} labelled rewards are all equal: label more")
 
 
-# A loss and its backward() are one function, so that both are compiled together: at the end of
-# Speed its name, like that of `gather`, is bound anew, to a version that may run compiled.
+# A loss and its backward() are one function, so that both are compiled together: under Speed, a
+# wrapper that may compile it takes over its name (reward_backward = compiled(reward_backward)).
 def reward_backward(model: MLP, observations, actions, rewards) -> None:
     """Eq. 4 of each seed, and its gradients."""
     loss = (model(observations, actions).squeeze(-1) - rewards).square().mean(dim=1)  # (seeds,)
@@ -284,8 +284,8 @@ def fit_reward_model(reward_model, dataset: Dataset, labeled, generators, args) 
     num_seeds, num_labels = labeled.shape
     batch_size = min(args.reward_batch_size, num_labels)
     padded_length = math.ceil(num_labels / batch_size) * batch_size
-    # Each next(steps) calls step(), or on a GPU replays a recording of it (`repeat`, under Speed). A
-    # replay always reads the same memory, so the rows of each batch are written into `rows`.
+    # `steps`, made by repeat() (under Speed), takes one step() at each next(steps): on a GPU by a
+    # replay, which always reads the same memory. So the rows of a batch are written into `rows`.
     rows = torch.zeros(num_seeds, batch_size, dtype=torch.long, device=device)
 
     def step() -> None:
@@ -370,7 +370,7 @@ class GaussianProcess(nn.Module):
         num_labels = min(num_labels, 2000)  # time grows with the cube
         self.register_buffer("mean", mean)  # (in_dim,), as in MLP
         self.register_buffer("std", std)
-        # Filled by fit(); here already so that a checkpoint can be loaded.
+        # Filled by fit(); made here so that load_state_dict() finds them.
         self.register_buffer("x", torch.zeros(num_seeds, num_labels, in_dim).double())
         self.register_buffer("weights", torch.zeros(num_seeds, num_labels, 1).double())
 
@@ -413,15 +413,15 @@ class GaussianProcess(nn.Module):
         prior_means = [parameter.detach().clone() for parameter in self.parameters()]
         optimizer = torch.optim.Adam(self.parameters(), lr=0.1)
         for _ in range(100):
-            # -log p(y | parameters), up to a constant (2.30), of each seed's y ~ N(0, L L^T):
-            # |L^-1 y|^2 / 2, and log det(L L^T) / 2, which is the sum of log L_ii. Summed over
+            # Equation 2.30, -log p(y | parameters) without its constant, for y ~ N(0, L L^T):
+            # |L^-1 y|^2 / 2, plus log det(L L^T) / 2, which is the sum of log L_ii. Summed over
             # seeds, as every loss here.
             L = self.cholesky(x[:, few])
             white = torch.linalg.solve_triangular(L, y[:, few], upper=False)
             loss = white.square().sum() / 2 + L.diagonal(dim1=1, dim2=2).log().sum()
-            # -log p(parameters): each is normal with variance 1 around where it started. (k depends
-            # only on the products linear * r_j. With linear as a parameter of its own, moving that
-            # one scales all slopes, and the prior charges for one.)
+            # -log p(parameters): each is normal with variance 1 around where it started. (k has
+            # linear and r_j only as products; but to scale all slopes alike, the prior charges for
+            # one change of linear, not for a change of every r_j.)
             for parameter, prior_mean in zip(self.parameters(), prior_means):
                 loss = loss + (parameter - prior_mean).square().sum() / 2
             optimizer.zero_grad()
@@ -705,8 +705,8 @@ def read_hdf5(path: Path, follow_d4rl: bool) -> dict[str, np.ndarray]:
     arrays = read_columns(path)
     terminals, timeouts = find_ends(path, arrays)
     is_kept = find_transitions(arrays, terminals, timeouts, follow_d4rl)
-    # Those of the next row. At an episode's end they are wrong, but such a row is either dropped
-    # or terminal, and then its next observation does not count.
+    # The next row's observations. At an episode's end they are wrong, but such a row is either
+    # dropped or terminal, and then its next observation does not count.
     next_observations = np.append(arrays["observations"][1:], arrays["observations"][-1:], axis=0)
     if not follow_d4rl:
         next_observations = arrays.get("next_observations", next_observations)
@@ -761,8 +761,8 @@ def check_layout(path: Path, columns: dict[str, h5py.Dataset]) -> None:
             require(column.ndim > 0 and column.shape[1:] in ((), (1,)), wrong_shape)
             continue
         require(column.ndim == 2 and column.shape[1] > 0, wrong_shape)
-        # HDF5 reads rows that were never written as zeros, terabytes of them in a damaged file, and
-        # so it does with rows that another file (external, virtual) should hold and does not.
+        # A row that was never written, or that lies in a missing file (external, virtual), HDF5
+        # reads as zeros: in a damaged file, terabytes of them.
         is_written = column.id.get_space_status() == h5py.h5d.SPACE_STATUS_ALLOCATED
         is_elsewhere = column.external or column.is_virtual
         require(
@@ -1017,7 +1017,7 @@ def make_workers(num_workers: int) -> Executor:
         return ThreadPoolExecutor(1)  # so that there are futures to wait for in either case
     os.environ["OMP_NUM_THREADS"] = "1"  # for workers, which read it when they start
     workers = ProcessPoolExecutor(num_workers, get_context("spawn"), init_worker)
-    # A terminal sends Ctrl-C to all processes, also to a worker that has yet to reach init_worker().
+    # A terminal sends Ctrl-C to all processes, also to a worker that is not in init_worker() yet.
     # It inherits that signals wait; here they arrive a moment later.
     if hasattr(signal, "pthread_sigmask"):  # not on Windows
         signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
@@ -1258,16 +1258,16 @@ def write_result(run_dir: Path, scores: list, task: Task, config, quality, timin
 # --- Speed ---
 def choose_device(name: str) -> torch.device:
     """The device to train on; a GPU is made ready for recording."""
+    warnings.filterwarnings("ignore", ".*capturable=True.*")  # Adam's, of updates not recorded
     if name == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
     # repeat() records on the current stream, which must not be the default one.
     torch.cuda.set_stream(torch.cuda.Stream())
-    warnings.filterwarnings("ignore", ".*capturable=True.*")  # Adam's, of updates not recorded
     return torch.device("cuda")
 
 
 def choose_precision(name: str, device: torch.device, resumed: dict | None) -> str:
-    """`name`; if it is auto, the fastest that is float32, or on resuming the run's own."""
+    """`name`; if it is auto, the fastest that is float32, or that of the (agent's) run resumed."""
     if name != "auto":
         return name
     # On x86, medium hands products to oneDNN, often the faster library, which rounds them to
@@ -1541,7 +1541,7 @@ def main(args: Args) -> None:
                 if tracker and updates_done % args.log_freq == 0:
                     log_losses(tracker, updates_done, losses, updates_per_second())
             # With workers, the evaluation before this one: its scores belong in the checkpoint, and
-            # its policies are about to be overwritten. Without, one that a signal stopped: it stays.
+            # its policies are about to be overwritten. Without, one that a signal stopped, if any.
             finish_evaluation(pending, scores, task, run_dir, tracker)
             paths = write_policies(agent.actor, task, seeds, run_dir)
             checkpoint = {
