@@ -9,42 +9,37 @@
 # ///
 """TD3+BC on a dataset in which only a few transitions have a reward.
 
-1. Load transitions; hide the rewards of all but 1% of them.
-2. Fit a reward model f to that 1%, minimising the mean of (f(s, a) - r)^2 (Eq. 4). Every
-   hidden reward becomes f(s, a), every other one stays as it is (Eq. 5).
+1. Load transitions; choose the few whose reward may be seen, 1% of a benchmark's.
+2. Fit a reward model f to these labels, minimizing the mean of (f(s, a) - r)^2 (Eq. 4). Every
+   other reward becomes f(s, a), every label stays as it is (Eq. 5).
 3. Make a TD3+BC agent for every seed, and hand it the completed dataset.
 4. Train all seeds at once, evaluating them in the simulator now and then.
 5. Report the last evaluation.
 
-The equations are those of Romeo & Bagdanov (2024), "Offline Reinforcement Learning with Imputed
-Rewards". main(), at the end, takes these steps. iql_imputed.py is the twin of this file,
-reward_model.py has the reward models alone.
+The equations are those of "Offline Reinforcement Learning with Imputed Rewards" (Romeo & Bagdanov,
+2024). The method is in the sections Networks, Reward model and TD3+BC, and in main(), at the end;
+what stands between is skipped at a first reading. iql_imputed.py is the twin of this file.
 
     python td3bc_imputed.py --num-updates 20_000                               # bundled dataset
     python td3bc_imputed.py --env-id walker2d-medium-replay-v2 --num-seeds 5   # D4RL
-    python td3bc_imputed.py --dataset-path log.hdf5                            # NaN = unlabelled
+    python td3bc_imputed.py --dataset-path log.hdf5                            # NaN = no label
 """
 
-import difflib
-import functools
 import hashlib
-import io
 import json
 import math
 import os
-import shlex
-import shutil
 import signal
 import socket
 import sys
+import textwrap
 import threading
 import time
 import warnings
-from concurrent.futures import BrokenExecutor, Executor, ProcessPoolExecutor, ThreadPoolExecutor
-from contextlib import contextmanager
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from copy import deepcopy
-from dataclasses import asdict, dataclass
-from http.client import HTTPException
+from dataclasses import dataclass
+from datetime import datetime, timedelta
 from multiprocessing import get_context, parent_process
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -55,37 +50,29 @@ import minari
 import mujoco
 import numpy as np
 import torch
-import torch.nn.functional as F
 import tyro
 from torch import nn
 from tqdm import tqdm
 
 
-@dataclass
+@dataclass(frozen=True)
 class Args:
-    # Data
-
+    # --- Data
     env_id: str | None = None  # a D4RL name or a Minari id (none: the bundled dataset)
-    dataset_path: Path | None = None  # a D4RL-schema HDF5 file; env_id is its simulator, if given
-    eval_env_id: str | None = None  # another environment to evaluate in; its bounds scale actions
+    dataset_path: Path | None = None  # a D4RL-schema HDF5 file; env_id: its simulator in Gymnasium
+    # --- Rewards
 
-    # Rewards
-
-    # imputed: hidden rewards are predicted; labeled: the agent sees only labelled transitions;
-    # oracle: it sees the true rewards; zero, mean (controls): hidden rewards are 0, or the mean of
-    # the labels.
+    # imputed: rewards without a label are predicted; labeled: the agent sees only what has a label;
+    # oracle: it sees every reward; zero, mean (controls): the others are 0, or the labels' mean.
     rewards: Literal["imputed", "labeled", "oracle", "zero", "mean"] = "imputed"
-    label_fraction: float | None = None  # share of known rewards shown (0.01; 1 if some are NaN)
+    label_fraction: float | None = None  # share of known rewards used (0.01; of your own data, 1)
     scale_rewards: bool = False  # multiply by 1000 / (range of episode returns), as IQL does
-    reward_model: Literal["mlp", "gp"] = "mlp"  # mlp: the paper's; gp: Gaussian process, few labels
-    reward_hidden_dim: int = 256  # width of the MLP's two hidden layers
-    reward_epochs: int = 300  # the MLP's passes over the labelled transitions
-    reward_learning_rate: float = 1e-4  # Adam's, for the MLP
-    reward_batch_size: int = 64  # labelled transitions in a batch
-
-    # TD3+BC
-
-    alpha: float = 2.5  # weight of Q against behaviour cloning; 0 is cloning alone
+    reward_hidden_dim: int = 256  # width of the reward model's two hidden layers
+    reward_epochs: int = 300  # passes over the labels in the reward model's fit
+    reward_learning_rate: float = 1e-4  # Adam's, for the reward model
+    reward_batch_size: int = 64  # labels in a batch
+    # --- TD3+BC
+    alpha: float = 2.5  # weight of Q against behavior cloning; 0 is cloning alone
     policy_noise: float = 0.2  # std of the noise on the target policy's actions
     noise_clip: float = 0.5  # bound of that noise
     policy_freq: int = 2  # critic updates for each update of the actor and the targets
@@ -94,34 +81,32 @@ class Args:
     gamma: float = 0.99  # discount factor
     tau: float = 0.005  # step of the targets towards the trained networks
     num_updates: int = 1_000_000  # critic updates
-
-    # Seeds and speed
-
+    # --- Seeds and speed
     seed: int = 0  # the first seed
     num_seeds: int = 1  # seeds trained at once: seed, seed + 1, ...; batches depend on how many
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto takes the GPU if there is one
     compile: Literal["auto", "on", "off"] = "auto"  # compile what takes the time; auto: if it pays
-    matmul_precision: Literal["auto", "highest", "high", "medium"] = "auto"  # auto: fastest float32
     cuda_graph: bool = True  # on a GPU, record an update as a CUDA graph and replay it
-
-    # Evaluation and output
-
-    eval_freq: int = 5_000  # updates between two evaluations
+    # --- Evaluation and output
+    eval_freq: int = 5_000  # updates between two evaluations, each followed by a checkpoint
     eval_episodes: int = 10  # deterministic episodes for each seed
-    eval_workers: int = 0  # processes that evaluate while training goes on (0: training waits)
+    eval_workers: int = 0  # processes that play the episodes (0: this one)
     run_dir: Path | None = None  # where to write (runs/...)
     resume: bool = False  # continue from the checkpoint in run_dir, or start if there is none
     track: bool = False  # log to Weights & Biases
-    log_freq: int = 1_000  # with --track, updates between two logs of the losses
 
 
 class UserError(Exception):
     """What the user can put right: shown as one line, exit code 2."""
 
 
-def require(condition: bool, message: str) -> None:
+def require(condition: bool, message: str):
     if not condition:
         raise UserError(message)
+
+
+def warn(message: str):
+    tqdm.write(f"warning       {textwrap.shorten(message, 500)}")
 
 
 # --- Networks, and the data they learn from ---
@@ -130,309 +115,198 @@ class Dataset(NamedTuple):
 
     observations: np.ndarray  # (N, obs_dim), float32
     actions: np.ndarray  # (N, act_dim), float32, in the log's own units
-    rewards: np.ndarray  # (N,), float32, NaN where nobody knows it
+    rewards: np.ndarray  # (N,), float64, NaN where nobody knows it
     next_observations: np.ndarray  # (N, obs_dim), float32
-    terminals: np.ndarray  # (N,), float32, 1 = the task ended: no bootstrap
+    terminals: np.ndarray  # (N,), float64, 1 = the task ended: no bootstrap
     episode_ids: np.ndarray  # (N,), int64, consecutive from 0
-    # Where to evaluate; a simulator also gives the bounds from which actions are scaled.
-    env: object  # a Gymnasium id, a MinariDataset, which can make its simulator, or None
-    ref_min: float  # return of score 0; NaN: raw returns are reported
-    ref_max: float  # return of score 100
     name: str
+    simulator: object  # a Gymnasium id, a MinariDataset, which can make its own, or None
+    ref_min: float  # return of score 0; if unknown, 0: then a score is a return
+    ref_max: float  # return of score 100; if unknown, 100
 
 
 class BatchedLinear(nn.Module):
     """nn.Linear once per seed, all in one product: (seeds, batch, in_dim) -> (..., out_dim)."""
 
-    def __init__(self, in_dim: int, out_dim: int, generators: list[torch.Generator]):
+    def __init__(self, in_dim, out_dim, generators):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(len(generators), in_dim, out_dim))
         self.bias = nn.Parameter(torch.empty(len(generators), 1, out_dim))
-        # nn.Linear's initialisation, each seed from its own generator: it starts from the same
-        # weights whether it runs alone or among others.
+        # As in nn.Linear; each seed by its own generator, so that it starts the same alone.
         bound = in_dim**-0.5
         for k, generator in enumerate(generators):
             nn.init.uniform_(self.weight.data[k], -bound, bound, generator=generator)
             nn.init.uniform_(self.bias.data[k], -bound, bound, generator=generator)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x) -> torch.Tensor:
         return torch.bmm(x, self.weight) + self.bias
 
 
-def join(widths: list[int], *inputs: torch.Tensor) -> torch.Tensor:
-    """Inputs side by side, (seeds, batch, sum of widths); an error if the widths are wrong."""
-    found = [x.shape[-1] for x in inputs]
-    assert found == widths, f"inputs have widths {found}, not {widths}"
-    return torch.cat(inputs, dim=-1)
-
-
 class MLP(nn.Module):
-    """Two hidden layers on normalised inputs, once per seed; `widths` are those of its inputs."""
+    """Two hidden layers on normalized inputs, once per seed; `widths` are those of its inputs."""
 
-    def __init__(self, widths: list[int], mean, std, hidden_dim: int, out_dim: int, generators):
+    def __init__(self, widths, mean, std, hidden_dim, out_dim, generators):
         super().__init__()
         self.widths = widths  # [obs_dim], or [obs_dim, act_dim]
-        # The normaliser is part of the network, so that a saved network is complete.
-        self.register_buffer("mean", mean)  # (seeds, 1, in_dim); of a reward model (in_dim,)
+        # The normalizer is part of the network, so that a saved network is complete.
+        self.register_buffer("mean", mean)  # (seeds, 1, in_dim), or what broadcasts to it
         self.register_buffer("std", std)
         self.layer1 = BatchedLinear(sum(widths), hidden_dim, generators)
         self.layer2 = BatchedLinear(hidden_dim, hidden_dim, generators)
         self.layer3 = BatchedLinear(hidden_dim, out_dim, generators)
 
-    def forward(self, *inputs: torch.Tensor) -> torch.Tensor:
-        """Takes observations (seeds, batch, obs_dim), or observations and actions."""
-        x = (join(self.widths, *inputs) - self.mean) / self.std
-        x = F.relu(self.layer1(x))
-        x = F.relu(self.layer2(x))
+    def forward(self, *inputs) -> torch.Tensor:
+        """Observations, or observations and actions, (seeds, batch, ...) -> (seeds, batch, out)."""
+        assert [x.shape[-1] for x in inputs] == self.widths, f"inputs must have {self.widths}"
+        x = (torch.cat(inputs, dim=-1) - self.mean) / self.std
+        x = torch.relu(self.layer1(x))
+        x = torch.relu(self.layer2(x))
         return self.layer3(x)
 
 
-def make_generators(seeds: range, stream: int) -> list[torch.Generator]:
-    """One for each seed; the reward model (stream 1) and the agent (2) draw different numbers."""
+class StateActionMLP(MLP):
+    """One number for each state and action, Q(s, a) or the reward f(s, a): (seeds, batch)."""
+
+    def forward(self, observations, actions) -> torch.Tensor:
+        return super().forward(observations, actions).squeeze(-1)
+
+
+def make_generators(seeds: range, stream: int) -> list:
+    """One for each seed's initial weights; reward model (stream 1) and agent (2) start apart."""
     return [torch.Generator().manual_seed(1_000_003 * stream + seed) for seed in seeds]
 
 
-def mean_and_std(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Each column's mean and std, in float64: float32 loses digits if the mean is far from 0."""
-    std, mean = torch.std_mean(rows.double(), dim=0, correction=0)
-    return mean, std
-
-
-def gather(tensors: list | tuple, rows: torch.Tensor) -> list[torch.Tensor]:
-    """Each seed's rows: tensors (seeds, N, ...), rows (seeds, batch) -> (seeds, batch, ...)."""
+def take_rows(tensors, rows: torch.Tensor) -> list:
+    """Each seed's rows: (seeds, N, ...) and row numbers (seeds, n) -> (seeds, n, ...)."""
     seed_index = torch.arange(len(rows), device=rows.device).unsqueeze(1)  # beside rows: (seeds, 1)
     return [tensor[seed_index, rows] for tensor in tensors]
 
 
-def make_adam(parameters, learning_rate: float | torch.Tensor) -> torch.optim.Adam:
-    """Fused: one kernel for all parameters. Capturable: a CUDA graph, if any, may hold it."""
-    return torch.optim.Adam(parameters, lr=learning_rate, fused=True, capturable=True)
+def draw_batch(tensors, batch_size: int, generator) -> list:
+    """Rows drawn for each seed, with replacement: (seeds, N, ...) -> (seeds, batch_size, ...)."""
+    num_seeds, num_rows = tensors[0].shape[:2]
+    size, device = (num_seeds, batch_size), generator.device
+    return take_rows(tensors, torch.randint(num_rows, size, generator=generator, device=device))
 
 
 # --- Reward model (Romeo & Bagdanov 2024) ---
-def split_labels(rewards: np.ndarray, fraction: float | None, seeds: range) -> np.ndarray:
+def choose_labels(rewards: np.ndarray, fraction: float, seeds: range) -> np.ndarray:
     """Draw the transitions whose reward each seed may see: their row numbers, (seeds, labels)."""
     known = np.flatnonzero(~np.isnan(rewards))
-    require(len(known) > 0, "no transition is labelled: every reward is NaN")
-    if fraction is None:  # the paper's 1%; of a log that people labelled, every label
-        fraction = 0.01 if len(known) == len(rewards) else 1.0
+    require(len(known) > 0, "no transition has a label: every reward is NaN")
     num_labels = max(1, round(fraction * len(known)))
+    if num_labels < 10:
+        warn(f"{num_labels} labels are too few to learn from")
     draws = [np.random.default_rng(seed).choice(known, num_labels, replace=False) for seed in seeds]
     return np.sort(draws, axis=1)
 
 
 class RewardModel(nn.Module):
-    """f(s, a) of each seed in the rewards' own unit; self.model predicts standardised rewards.
+    """f(s, a) of each seed in the rewards' own unit; self.model predicts standardized rewards."""
 
-    `labeled` are the row numbers of each seed's labels, (seeds, labels), from split_labels()."""
-
-    def __init__(self, dataset: Dataset, labeled: np.ndarray, generators, args):
+    def __init__(self, observations, actions, labels, hidden_dim, generators):
+        """All of the log's observations and actions, (N, ...); each seed's labels, (seeds, n)."""
         super().__init__()
-        check_labels(dataset, labeled)
-        labels = torch.from_numpy(dataset.rewards[labeled])  # (seeds, labels)
-        reward_mean, reward_std = mean_and_std(labels.T)  # (seeds,)
-        # Float64, so that standardising labels that lie far from 0 loses no digits.
-        self.register_buffer("reward_mean", reward_mean.unsqueeze(1))
-        self.register_buffer("reward_std", reward_std.unsqueeze(1))
-        # Observations and actions are known without labels, so the normaliser uses all of them. The
-        # std of a feature that is nearly constant is tiny: take at least 1/1000 of its range.
-        observations, actions = map(torch.from_numpy, (dataset.observations, dataset.actions))
+        differ = (np.ptp(labels, axis=1) > 0).all()
+        require(differ, f"a seed's {labels.shape[1]} labels are all equal: more are needed")
+        labels = torch.from_numpy(labels)  # float64, since float32 loses digits far from 0
+        self.register_buffer("reward_mean", labels.mean(dim=1, keepdim=True))  # (seeds, 1)
+        self.register_buffer("reward_std", labels.std(dim=1, keepdim=True, correction=0))
+        mean, std = input_statistics(observations, actions)
         widths = [observations.shape[1], actions.shape[1]]
-        mean, std = mean_and_std(observations)
-        std = torch.maximum(std, (observations.amax(dim=0) - observations.amin(dim=0)) / 1000)
-        # Actions by their range in the log: there may be no simulator that knows their bounds.
-        low, high = actions.amin(dim=0), actions.amax(dim=0)
-        mean = torch.cat([mean, (low + high) / 2])
-        std = torch.cat([std, (high - low) / 2])
-        std[std == 0] = 1  # an input that never changes
-        mean, std = mean.float(), std.float()
-        if args.reward_model == "gp":
-            self.model = GaussianProcess(widths, mean, std, *labeled.shape)
-        else:
-            self.model = MLP(widths, mean, std, args.reward_hidden_dim, 1, generators)
+        self.model = StateActionMLP(widths, mean, std, hidden_dim, 1, generators)
 
-    def forward(self, observations: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
-        """(seeds, batch, ...) -> (seeds, batch)."""
-        return self.reward_mean + self.reward_std * self.model(observations, actions).squeeze(-1)
+    def forward(self, observations, actions) -> torch.Tensor:
+        """(seeds, batch, ...) -> (seeds, batch), float64."""
+        return self.reward_mean + self.reward_std * self.model(observations, actions)
 
 
-def check_labels(dataset: Dataset, labeled: np.ndarray) -> None:
-    differ = (np.ptp(dataset.rewards[labeled], axis=1) > 0).all()
-    require(differ, f"a seed's {labeled.shape[1]} labelled rewards are all equal: label more")
+def input_statistics(observations, actions) -> list:
+    """Mean and std with which to normalize the reward model's inputs, each (in_dim,)."""
+    obs_std = observations.std(axis=0, dtype=np.float64)
+    # The std of a feature that is nearly constant is tiny: take at least 1/1000 of its range.
+    obs_std = np.maximum(obs_std, np.ptp(observations, axis=0) / 1000)
+    # Actions by their range in the log: there may be no simulator that knows their bounds.
+    low, high = actions.min(axis=0), actions.max(axis=0)
+    mean = np.concatenate([observations.mean(axis=0, dtype=np.float64), (low + high) / 2])
+    std = np.concatenate([obs_std, (high - low) / 2])
+    std[std == 0] = 1  # an input that never changes
+    return [torch.from_numpy(x).float() for x in (mean, std)]
 
 
-# A loss and its backward() are one function, so that both are compiled together: under Speed, a
-# wrapper that may compile it takes over its name (reward_backward = compiled(reward_backward)).
-def reward_backward(model: MLP, observations, actions, rewards) -> None:
-    """Eq. 4 of each seed, and its gradients."""
-    loss = (model(observations, actions).squeeze(-1) - rewards).square().mean(dim=1)  # (seeds,)
-    loss.sum().backward()  # a sum over seeds: each gets the gradient it would have alone
-
-
-def fit_reward_model(reward_model, dataset: Dataset, labeled, generators, args) -> None:
-    """Minimise Eq. 4 on each seed's standardised labels, or condition the Gaussian process."""
+def fit_reward_model(reward_model, examples, epochs, learning_rate, batch_size, generator):
+    """Minimize Eq. 4 on each seed's observations, actions and labels, (seeds, labels, ...)."""
     model, device = reward_model.model, reward_model.reward_mean.device
-    # Each seed's labelled transitions: (seeds, labels, ...)
-    observations = torch.from_numpy(dataset.observations[labeled]).to(device)
-    actions = torch.from_numpy(dataset.actions[labeled]).to(device)
-    rewards = torch.from_numpy(dataset.rewards[labeled]).to(device)
-    rewards = ((rewards - reward_model.reward_mean) / reward_model.reward_std).float()
-    if isinstance(model, GaussianProcess):
-        return model.fit(observations, actions, rewards)
-
-    optimizer = make_adam(model.parameters(), args.reward_learning_rate)
-    num_seeds, num_labels = labeled.shape
-    batch_size = min(args.reward_batch_size, num_labels)
-    padded_length = math.ceil(num_labels / batch_size) * batch_size
-    # `steps`, made by repeat() (under Speed), takes one step() at each next(steps): on a GPU by a
-    # replay, which always reads the same memory. So the rows of a batch are written into `rows`.
-    rows = torch.zeros(num_seeds, batch_size, dtype=torch.long, device=device)
-
-    def step() -> None:
-        batch = gather([observations, actions, rewards], rows)
+    observations, actions, labels = [torch.from_numpy(x).to(device) for x in examples]
+    labels = ((labels - reward_model.reward_mean) / reward_model.reward_std).float()  # any unit
+    optimizer = torch.optim.Adam(model.parameters(), learning_rate, fused=True)
+    num_labels = labels.shape[1]
+    batch_size = min(batch_size, num_labels)
+    num_batches = epochs * math.ceil(num_labels / batch_size)
+    for _ in tqdm(range(num_batches), "reward model", leave=False, disable=None):
+        s, a, r = draw_batch([observations, actions, labels], batch_size, generator)
+        loss = (model(s, a) - r).square().mean(dim=1)  # Eq. 4, (seeds,)
         optimizer.zero_grad()
-        reward_backward(model, *batch)
+        loss.sum().backward()  # a sum over seeds: each gets the gradient it would have alone
         optimizer.step()
-
-    is_recorded = args.cuda_graph and device.type == "cuda"
-    steps = repeat(step, [], is_recorded)  # []: step() draws no random numbers
-    for _ in tqdm(range(args.reward_epochs), "reward model", leave=False, disable=None):
-        order = torch.stack([torch.randperm(num_labels, generator=g) for g in generators])
-        # All batches are of one size: the last one is filled up with labels of the first.
-        order = torch.cat([order, order], dim=1)[:, :padded_length].to(device)
-        for batch_rows in order.split(batch_size, dim=1):
-            rows.copy_(batch_rows)
-            next(steps)
+    require((loss < 1e4).all(), "the fit has diverged: lower --reward-learning-rate")  # or NaN
 
 
 @torch.no_grad()
-def impute_rewards(reward_model: RewardModel, dataset: Dataset, labeled: np.ndarray) -> np.ndarray:
-    """Eq. 5: a labelled transition keeps its reward, any other gets f(s, a); (seeds, N)."""
-    device = reward_model.reward_mean.device
-    rewards = np.empty((len(labeled), len(dataset.rewards)), np.float32)
-    for start in range(0, len(dataset.rewards), 128):  # in chunks that a cache can hold
-        chunk = slice(start, start + 128)
-        observations = torch.from_numpy(dataset.observations[chunk]).to(device)
-        actions = torch.from_numpy(dataset.actions[chunk]).to(device)
-        each_seed = observations.expand(len(labeled), -1, -1), actions.expand(len(labeled), -1, -1)
-        rewards[:, chunk] = reward_model(*each_seed).cpu()
-    np.put_along_axis(rewards, labeled, dataset.rewards[labeled], axis=1)
-    return rewards
+def predict_rewards(reward_model, observations, actions) -> np.ndarray:
+    """f(s, a) of every transition, (seeds, N)."""
+    device, num_seeds = reward_model.reward_mean.device, len(reward_model.reward_mean)
+    s = torch.from_numpy(observations).to(device).expand(num_seeds, -1, -1)
+    a = torch.from_numpy(actions).to(device).expand(num_seeds, -1, -1)
+    chunks = zip(s.split(1000, dim=1), a.split(1000, dim=1))
+    predictions = [reward_model(*chunk) for chunk in chunks]
+    return torch.cat(predictions, dim=1).cpu().numpy()
 
 
-def imputation_quality(imputed: np.ndarray, dataset: Dataset, labeled: np.ndarray) -> dict | None:
-    """How well each seed's imputed rewards match the hidden ones, which no agent sees.
-
-    None if no known reward is hidden; a measure is NaN or infinite where the values it compares
-    are all equal. Returns are compared on episodes whose rewards are all known; an imputed return
-    includes the labelled rewards."""
-    known = ~np.isnan(dataset.rewards)
-    if np.count_nonzero(known) == labeled.shape[1]:  # all that is known is labelled
-        return None
-    true_returns = np.bincount(dataset.episode_ids, dataset.rewards)
-    whole = ~np.isnan(true_returns)  # NaN: an episode with unknown rewards
-    quality = {"r2": [], "mse": [], "mae": [], "return_correlation": []}
-    for rewards, rows in zip(imputed, labeled):
-        hidden = known.copy()
-        hidden[rows] = False
-        true = dataset.rewards[hidden].astype(np.float64)
-        error = rewards[hidden] - true
-        returns = np.bincount(dataset.episode_ids, rewards)
-        with warnings.catch_warnings(action="ignore", category=RuntimeWarning):
-            quality["r2"].append(float(1 - np.mean(error**2) / np.var(true)))
-            correlation = np.corrcoef(true_returns[whole], returns[whole])[0, 1]
-            quality["return_correlation"].append(float(correlation))
-        quality["mse"].append(float(np.mean(error**2)))
-        quality["mae"].append(float(np.mean(np.abs(error))))
-    return quality
+def complete_rewards(kind: str, rewards, label_rows, predicted) -> np.ndarray:
+    """Eq. 5, (seeds, N): a label stays as it is, other rewards are what --rewards says."""
+    labels = rewards[label_rows]
+    mean = labels.mean(axis=1, keepdims=True)
+    # Of labeled, main() drops the other transitions.
+    others = {"imputed": predicted, "labeled": 0.0, "oracle": rewards, "zero": 0.0, "mean": mean}
+    completed = np.empty((len(labels), len(rewards)))
+    completed[:] = others[kind]
+    np.put_along_axis(completed, label_rows, labels, axis=1)
+    require(not np.isnan(completed).any(), f"--rewards {kind} needs every reward: some are NaN")
+    return completed
 
 
-# --- Gaussian process: another reward model, for few labels (not in the paper) ---
-class GaussianProcess(nn.Module):
-    """Bayesian linear regression plus a smooth function, once per seed, for --reward-model gp.
+def imputation_r2(predicted, rewards, label_rows) -> list:
+    """R2 of each seed on the rewards, if any, that are known and no label; no agent sees these."""
+    hidden = np.tile(~np.isnan(rewards), (len(predicted), 1))
+    np.put_along_axis(hidden, label_rows, False, axis=1)
+    if not hidden.any():
+        return []
+    true = np.where(hidden, rewards, np.nan)
+    mse = np.nanmean((predicted - true) ** 2, axis=1)
+    with np.errstate(divide="ignore", invalid="ignore"):  # of rewards that are all equal
+        r2 = 1 - mse / np.nanvar(true, axis=1)
+    print(f"reward model  R2 {r2.mean():.4f} on the known rewards without a label")
+    if r2.mean() < 0:
+        warn("the reward model is worse than a constant, whose R2 is 0")
+    return r2.tolist()
 
-    Equations are numbered as in Rasmussen & Williams (2006), Gaussian Processes for Machine
-    Learning.
 
-    f(x) = b + sum_j w_j x_j + g(x) for x = (s, a). Before any label is seen, all three terms are
-    random: a constant b ~ N(0, 1); slopes w_j ~ N(0, linear * r_j), where `linear` is common to all
-    inputs and r_j is the relevance of input j; and a smooth g (an RBF kernel with variance `smooth`
-    and a length l_j for each input). Then f(x) and f(z) have the covariance k(x, z) =
-        1 + linear * sum_j r_j x_j z_j + smooth * exp(-sum_j (x_j - z_j)^2 / (2 l_j^2)).
-    Given labels y = f(X) + N(0, noise), the mean of f is
-        f(x) = k(x, X) @ weights  with  weights = (k(X, X) + noise I)^-1 y.    (2.25)
-    The numbers noise, linear, r_j, smooth and l_j are found by fit()."""
-
-    def __init__(self, widths: list[int], mean, std, num_seeds: int, num_labels: int):
-        super().__init__()
-        self.widths = widths
-        in_dim = len(mean)
-        num_labels = min(num_labels, 2000)  # time grows with the cube
-        self.register_buffer("mean", mean)  # (in_dim,), as in MLP
-        self.register_buffer("std", std)
-        # Filled by fit(); made here so that load_state_dict() finds them.
-        self.register_buffer("x", torch.zeros(num_seeds, num_labels, in_dim).double())
-        self.register_buffer("weights", torch.zeros(num_seeds, num_labels, 1).double())
-
-        # Stored as logarithms, these numbers stay positive. They start at a guess for inputs and
-        # labels of variance 1, with which the sums over the inputs are of order 1.
-        one = torch.ones(num_seeds, 1, 1).double()
-        each_input = torch.ones(num_seeds, 1, in_dim).double()
-        self.log_noise = nn.Parameter(-1 * one)
-        self.log_linear = nn.Parameter(-math.log(in_dim) * one)
-        self.log_smooth = nn.Parameter(-1 * one)
-        self.log_relevance = nn.Parameter(0 * each_input)  # r_j
-        self.log_inverse_length = nn.Parameter(-math.log(in_dim) / 2 * each_input)  # 1 / l_j
-
-    def inputs(self, observations: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
-        x = (join(self.widths, observations, actions) - self.mean) / self.std
-        return x.double()  # float32 is too coarse to invert k(X, X)
-
-    def kernel(self, x1: torch.Tensor, x2: torch.Tensor) -> torch.Tensor:
-        """k of all pairs: (seeds, n, in_dim), (seeds, m, in_dim) -> (seeds, n, m)."""
-        product = (x1 * self.log_relevance.exp()) @ x2.mT
-        inverse_length = self.log_inverse_length.exp()
-        distance = torch.cdist(x1 * inverse_length, x2 * inverse_length)
-        rbf = torch.exp(-distance.square() / 2)
-        return 1 + self.log_linear.exp() * product + self.log_smooth.exp() * rbf
-
-    def cholesky(self, x: torch.Tensor) -> torch.Tensor:
-        """The lower triangular L with L @ L.mT = k(X, X) + noise I."""
-        noise = self.log_noise.exp() + 1e-4  # 1e-4: so that the matrix stays positive definite
-        return torch.linalg.cholesky(self.kernel(x, x) + noise * torch.eye(x.shape[1]).to(x))
-
-    def fit(self, observations, actions, rewards) -> None:
-        """Find the most plausible parameters given the labels, then the weights."""
-        x, y = self.inputs(observations, actions), rewards.double().unsqueeze(-1)
-        # If there are more labels than self.x holds, take some from all over the log: they are
-        # sorted by row.
-        taken = torch.linspace(0, x.shape[1] - 1, self.x.shape[1]).long()
-        x, y = x[:, taken], y[:, taken]
-        # Of these, 500 are enough to find the parameters.
-        few = torch.linspace(0, x.shape[1] - 1, min(x.shape[1], 500)).long()
-        prior_means = [parameter.detach().clone() for parameter in self.parameters()]
-        optimizer = torch.optim.Adam(self.parameters(), lr=0.1)
-        for _ in range(100):
-            # Equation 2.30, -log p(y | parameters) without its constant, for y ~ N(0, L L^T):
-            # |L^-1 y|^2 / 2, plus log det(L L^T) / 2, which is the sum of log L_ii. Summed over
-            # seeds, as every loss here.
-            L = self.cholesky(x[:, few])
-            white = torch.linalg.solve_triangular(L, y[:, few], upper=False)
-            loss = white.square().sum() / 2 + L.diagonal(dim1=1, dim2=2).log().sum()
-            # -log p(parameters): each is normal with variance 1 around where it started. (k has
-            # linear and r_j only as products; but to scale all slopes alike, the prior charges for
-            # one change of linear, not for a change of every r_j.)
-            for parameter, prior_mean in zip(self.parameters(), prior_means):
-                loss = loss + (parameter - prior_mean).square().sum() / 2
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-        self.x = x
-        self.weights = torch.cholesky_solve(y, self.cholesky(x)).detach()
-
-    def forward(self, observations: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
-        """The mean of f: (seeds, batch, ...) -> (seeds, batch, 1)."""
-        return self.kernel(self.inputs(observations, actions), self.x) @ self.weights
+def reward_scale(rewards, label_rows, episode_ids, labeled_only: bool) -> np.ndarray:
+    """1000 / (largest - smallest episode return) for each seed, (seeds, 1), as IQL's original."""
+    lengths = np.bincount(episode_ids)
+    scales = []
+    for seed_rewards, rows in zip(rewards, label_rows):
+        if labeled_only:  # estimated: the mean of an episode's labels times its length
+            ids = episode_ids[rows]
+            episodes, ids, counts = np.unique(ids, return_inverse=True, return_counts=True)
+            returns = np.bincount(ids, seed_rewards[rows]) / counts * lengths[episodes]
+        else:
+            returns = np.bincount(episode_ids, weights=seed_rewards)
+        differ = np.ptp(returns) > 1e-6 * np.abs(returns).max()
+        require(differ, "--scale-rewards needs episodes of different returns: --no-scale-rewards")
+        scales.append([1000 / np.ptp(returns)])
+    return np.array(scales)
 
 
 # --- TD3+BC (Fujimoto & Gu 2021) ---
@@ -446,84 +320,101 @@ class Transitions(NamedTuple):
     terminals: torch.Tensor  # (seeds, rows), 1 = no bootstrap
 
 
+def make_transitions(dataset: Dataset, scaled_actions, rewards, device) -> Transitions:
+    """All of them, for each seed, with actions scaled to [-1, 1] and rewards (seeds, N)."""
+    arrays = [dataset.observations, scaled_actions.clip(-1, 1)]
+    arrays += [dataset.next_observations, np.float32(dataset.terminals)]
+    tensors = [torch.from_numpy(x).to(device).expand(len(rewards), *x.shape) for x in arrays]
+    observations, actions, next_observations, terminals = tensors  # views, no copies
+    rewards = torch.from_numpy(rewards).to(observations)
+    return Transitions(observations, actions, rewards, next_observations, terminals)
+
+
+def scale_actions(actions, low, high) -> np.ndarray:
+    """From these bounds to [-1, 1]; the identity for D4RL."""
+    low, high = low.astype(np.float64), high.astype(np.float64)
+    half_width = np.where(high > low, (high - low) / 2, 1.0)
+    return ((actions - (high + low) / 2) / half_width).astype(np.float32)
+
+
+class Actor(MLP):
+    """pi(s) in [-1, 1], (seeds, batch, act_dim). Policy, under Evaluation, is the same in numpy."""
+
+    def forward(self, observations) -> torch.Tensor:
+        return super().forward(observations).tanh()
+
+
 class Agent:
-    """Networks of all seeds; a seed's normaliser comes from the observations its agent may see.
+    """All seeds' networks and optimizers; a checkpoint holds the state_dict() of each attribute."""
 
-    A checkpoint holds the state_dict() of every attribute."""
-
-    def __init__(self, data: Transitions, generators: list[torch.Generator], args: Args):
+    def __init__(self, data: Transitions, generators: list, args: Args):
         device = data.observations.device
         obs_dim, act_dim = data.observations.shape[-1], data.actions.shape[-1]
-        # Seeds see different observations with --rewards labeled.
-        means, stds = zip(*[mean_and_std(rows) for rows in data.observations])
-        mean = torch.stack(means).unsqueeze(1).to(data.observations)
-        std = torch.stack(stds).unsqueeze(1).to(data.observations) + 1e-3  # as in the original
-        # The actor's callers apply tanh, since an MLP serves critics and reward models, too.
-        self.actor = MLP([obs_dim], mean, std, 256, act_dim, generators).to(device)
+        # The normalizer is of what the agent may see: with --rewards labeled, each seed's.
+        observations = data.observations.double()
+        mean = observations.mean(dim=1, keepdim=True).to(data.rewards)
+        std = observations.std(dim=1, keepdim=True, correction=0).to(mean) + 1e-3  # as the original
+        self.actor = Actor([obs_dim], mean, std, 256, act_dim, generators)
         # Critics also see actions, as they are: mean 0, std 1.
-        mean, std = F.pad(mean, (0, act_dim), value=0.0), F.pad(std, (0, act_dim), value=1.0)
-        self.q1 = MLP([obs_dim, act_dim], mean, std, 256, 1, generators).to(device)
-        self.q2 = MLP([obs_dim, act_dim], mean, std, 256, 1, generators).to(device)
+        q_mean = nn.functional.pad(mean, (0, act_dim), value=0.0)
+        q_std = nn.functional.pad(std, (0, act_dim), value=1.0)
+        self.q1 = StateActionMLP([obs_dim, act_dim], q_mean, q_std, 256, 1, generators)
+        self.q2 = StateActionMLP([obs_dim, act_dim], q_mean, q_std, 256, 1, generators)
+        for network in (self.actor, self.q1, self.q2):
+            network.to(device)
         self.actor_target = deepcopy(self.actor)
         self.q1_target = deepcopy(self.q1)
         self.q2_target = deepcopy(self.q2)
+        # Fused: one kernel for all parameters. Capturable: a CUDA graph may hold it.
+        settings = {"lr": args.learning_rate, "fused": True, "capturable": device.type == "cuda"}
         q_parameters = [*self.q1.parameters(), *self.q2.parameters()]
-        self.q_optimizer = make_adam(q_parameters, args.learning_rate)
-        self.actor_optimizer = make_adam(self.actor.parameters(), args.learning_rate)
+        self.q_optimizer = torch.optim.Adam(q_parameters, **settings)
+        self.actor_optimizer = torch.optim.Adam(self.actor.parameters(), **settings)
+
+    def __setattr__(self, name: str, part) -> None:
+        assert hasattr(part, "state_dict"), f"a checkpoint cannot hold Agent.{name}: no state_dict"
+        super().__setattr__(name, part)
 
 
-def sample(data: Transitions, batch_size: int, generator: torch.Generator) -> Transitions:
-    """Draw a batch for each seed, uniformly with replacement; one generator serves all seeds."""
-    num_seeds, num_rows = data.rewards.shape
-    size, device = (num_seeds, batch_size), generator.device
-    rows = torch.randint(num_rows, size, generator=generator, device=device)
-    return Transitions(*gather(data, rows))
-
-
-def critic_loss(agent: Agent, batch: Transitions, noise: torch.Tensor, args: Args) -> torch.Tensor:
-    """Each seed's loss, (seeds,); `noise` is standard normal, (seeds, batch, act_dim)."""
+# A loss and its backward() are one function, so that compile_losses() can compile both together.
+def critic_backward(agent: Agent, batch: Transitions, noise, args: Args):
+    """Each seed's loss, (seeds,), and its gradients; `noise` is normal, of the actions' shape."""
     with torch.no_grad():
-        noise = (noise * args.policy_noise).clamp(-args.noise_clip, args.noise_clip)
-        next_actions = agent.actor_target(batch.next_observations).tanh()
-        next_actions = (next_actions + noise).clamp(-1, 1)
+        clipped_noise = (noise * args.policy_noise).clamp(-args.noise_clip, args.noise_clip)
+        next_actions = agent.actor_target(batch.next_observations) + clipped_noise
+        next_actions = next_actions.clamp(-1, 1)
         next_q1 = agent.q1_target(batch.next_observations, next_actions)
         next_q2 = agent.q2_target(batch.next_observations, next_actions)
-        next_q = torch.min(next_q1, next_q2).squeeze(-1)
+        next_q = torch.min(next_q1, next_q2)
         target = batch.rewards + args.gamma * (1 - batch.terminals) * next_q
-    q1 = agent.q1(batch.observations, batch.actions).squeeze(-1)
-    q2 = agent.q2(batch.observations, batch.actions).squeeze(-1)
-    return (q1 - target).square().mean(dim=1) + (q2 - target).square().mean(dim=1)
-
-
-def actor_loss(agent: Agent, batch: Transitions, args: Args) -> torch.Tensor:
-    """-lambda Q1(s, pi(s)) + (pi(s) - a)^2 with lambda = alpha / mean |Q1|; (seeds,)."""
-    actions = agent.actor(batch.observations).tanh()
-    q = agent.q1(batch.observations, actions).squeeze(-1)
-    # |Q1| of these actions, as in the original's code; its paper writes Q(s, a).
-    lambda_ = args.alpha / q.abs().mean(dim=1).detach()
-    cloning = (actions - batch.actions).square().mean(dim=(1, 2))
-    return -lambda_ * q.mean(dim=1) + cloning
-
-
-# A loss and its backward() together, as in reward_backward.
-def critic_backward(agent: Agent, batch: Transitions, noise: torch.Tensor, args: Args):
-    loss = critic_loss(agent, batch, noise, args)
+    q1 = agent.q1(batch.observations, batch.actions)
+    q2 = agent.q2(batch.observations, batch.actions)
+    loss = (q1 - target).square().mean(dim=1) + (q2 - target).square().mean(dim=1)
     loss.sum().backward()  # a sum over seeds: each gets the gradient it would have alone
     return loss.detach()
 
 
 def actor_backward(agent: Agent, batch: Transitions, args: Args):
-    loss = actor_loss(agent, batch, args)
+    """-lambda Q1(s, pi(s)) + (pi(s) - a)^2 with lambda = alpha / mean |Q1|, and its gradients."""
+    actions = agent.actor(batch.observations)
+    q = agent.q1(batch.observations, actions)
+    # |Q1| of these actions, as in the original's code; its paper writes Q(s, a).
+    lambda_ = args.alpha / q.abs().mean(dim=1).detach()
+    cloning = (actions - batch.actions).square().mean(dim=(1, 2))
+    loss = -lambda_ * q.mean(dim=1) + cloning  # (seeds,)
     loss.sum().backward(inputs=list(agent.actor.parameters()))  # none for Q1's own parameters
     return loss.detach()
 
 
-def update(agent: Agent, data: Transitions, generator: torch.Generator, args: Args) -> dict:
-    """`policy_freq` critic updates, then one of the actor and of all targets."""
+def update(agent: Agent, data: Transitions, generator, args: Args) -> dict:
+    """`policy_freq` critic updates, then one of the actor and of all targets.
+
+    On a GPU this Python runs only while it is recorded, and a number in it stays what it was then:
+    what is to change is a tensor (or the run has --no-cuda-graph)."""
     for _ in range(args.policy_freq):
-        batch = sample(data, args.batch_size, generator)
+        batch = Transitions(*draw_batch(data, args.batch_size, generator))
         # Drawn here, since a compiled function takes no generator.
-        noise = torch.randn(batch.actions.shape, generator=generator, device=batch.actions.device)
+        noise = torch.randn(batch.actions.shape, generator=generator, device=generator.device)
         agent.q_optimizer.zero_grad()
         q_loss = critic_backward(agent, batch, noise, args)
         agent.q_optimizer.step()
@@ -532,7 +423,6 @@ def update(agent: Agent, data: Transitions, generator: torch.Generator, args: Ar
     agent.actor_optimizer.zero_grad()
     pi_loss = actor_backward(agent, batch, args)
     agent.actor_optimizer.step()
-
     update_target(agent.actor_target, agent.actor, args.tau)
     update_target(agent.q1_target, agent.q1, args.tau)
     update_target(agent.q2_target, agent.q2, args.tau)
@@ -540,68 +430,9 @@ def update(agent: Agent, data: Transitions, generator: torch.Generator, args: Ar
 
 
 @torch.no_grad()
-def update_target(target: nn.Module, network: nn.Module, tau: float) -> None:
+def update_target(target: nn.Module, network: nn.Module, tau: float):
     for target_parameter, parameter in zip(target.parameters(), network.parameters()):
         target_parameter.lerp_(parameter, tau)  # target + tau * (network - target)
-
-
-# --- What the agent sees ---
-def agent_rewards(kind: str, dataset: Dataset, labeled: np.ndarray, imputed) -> np.ndarray:
-    """Each seed's rewards by the choice of --rewards, (seeds, N)."""
-    labels = dataset.rewards[labeled]
-    rewards = np.zeros((len(labeled), len(dataset.rewards)), np.float32)
-    if kind == "imputed":
-        rewards[:] = imputed
-    if kind == "oracle":
-        all_known = not np.isnan(dataset.rewards).any()
-        require(all_known, "--rewards oracle needs every reward, and some are NaN")
-        rewards[:] = dataset.rewards
-    if kind == "mean":
-        rewards[:] = labels.mean(axis=1, dtype=np.float64, keepdims=True)
-    np.put_along_axis(rewards, labeled, labels, axis=1)  # whatever the kind, a label stays as it is
-    return rewards  # with "labeled", main() then keeps only the labelled rows
-
-
-def reward_scale(rewards: np.ndarray, labeled: np.ndarray, dataset: Dataset, labeled_only: bool):
-    """1000 / (largest - smallest episode return) for each seed, (seeds, 1); as IQL's original.
-
-    With `labeled_only` no return is known: each is estimated as the mean of the episode's own
-    labels times its length."""
-    scales = []
-    lengths = np.bincount(dataset.episode_ids)
-    for k, seed_rewards in enumerate(rewards):
-        rows = labeled[k] if labeled_only else np.arange(len(seed_rewards))
-        episodes, ids, counts = np.unique(
-            dataset.episode_ids[rows], return_inverse=True, return_counts=True
-        )
-        # The mean of the episode's rows here times its length: the sum, if all its rows are here.
-        returns = np.bincount(ids, seed_rewards[rows]) / counts * lengths[episodes]
-        differ = np.ptp(returns) > 1e-6 * np.abs(returns).max()
-        hint = "--scale-rewards needs two episodes whose returns differ; or use --no-scale-rewards"
-        require(differ, hint)
-        scales.append([1000 / np.ptp(returns)])
-    return np.float32(scales)
-
-
-ACTION_BOUND = 1.0  # of a scaled action; the twin, iql_imputed.py, has a little less
-
-
-def make_transitions(dataset: Dataset, rewards: np.ndarray, task, device) -> Transitions:
-    """All transitions as tensors (seeds, N, ...); seeds share everything but the rewards.
-
-    Actions are scaled to [-1, 1] from the bounds in `task`, a Task (under Evaluation)."""
-    actions = scale_actions(dataset.actions, task).clip(-ACTION_BOUND, ACTION_BOUND)
-
-    def share(array: np.ndarray) -> torch.Tensor:  # a view for each seed, not a copy
-        return torch.from_numpy(array).to(device).expand(len(rewards), *array.shape)
-
-    return Transitions(
-        observations=share(dataset.observations),
-        actions=share(actions),
-        rewards=torch.from_numpy(rewards).to(device),
-        next_observations=share(dataset.next_observations),
-        terminals=share(dataset.terminals),
-    )
 
 
 # --- Loading a dataset ---
@@ -618,10 +449,10 @@ SHA256 = {
     "hopper-medium-expert-v2": "9d51ad87f8c905be3880d84c6140bcdb7fbf39a19e046a237f238ba34fec9e26",
     "walker2d-medium-expert-v2": "6b8d7f868c45bbaedf460be797fb7271b46dee6ebe45fe7a64319f2005b59a04",
 }
-D4RL_TASKS = {  # simulator, returns of a random and of an expert policy
-    "halfcheetah": ("HalfCheetah-v4", -280.178953, 12135.0),
-    "hopper": ("Hopper-v4", -20.272305, 3234.3),
-    "walker2d": ("Walker2d-v4", 1.629008, 4592.3),
+D4RL_TASKS = {  # with the returns of a random and of an expert policy
+    "halfcheetah": {"simulator": "HalfCheetah-v4", "ref_min": -280.178953, "ref_max": 12135.0},
+    "hopper": {"simulator": "Hopper-v4", "ref_min": -20.272305, "ref_max": 3234.3},
+    "walker2d": {"simulator": "Walker2d-v4", "ref_min": 1.629008, "ref_max": 4592.3},
 }
 D4RL_URLS = [
     "https://rail.eecs.berkeley.edu/datasets/offline_rl/gym_mujoco_v2/",
@@ -631,954 +462,524 @@ D4RL_URLS = [
 
 def load_dataset(env_id: str | None = None, dataset_path: Path | None = None) -> Dataset:
     """A D4RL, Minari, bundled or local HDF5 dataset; UserError if it cannot be trained on."""
+    if env_id is None and dataset_path is None:
+        env_id = BUNDLED
+    name = Path(dataset_path).stem if dataset_path else env_id
     if dataset_path:
-        dataset_path = Path(dataset_path)
-        name = env_id or dataset_path.stem
-        env, ref_min, ref_max = find_simulator(env_id)
-        columns = read_hdf5(dataset_path, follow_d4rl=False)
-    elif env_id is None or env_id in SHA256:
-        name = env_id or BUNDLED
-        env, ref_min, ref_max = D4RL_TASKS[name.split("-")[0]]
-        columns = read_hdf5(find_file(name), follow_d4rl=True)
+        columns = read_hdf5(Path(dataset_path), follow_d4rl=False)
+        task = {"simulator": env_id, "ref_min": 0.0, "ref_max": 100.0}
+    elif env_id in SHA256:
+        columns = read_hdf5(find_file(env_id), follow_d4rl=True)
     else:
-        name = env_id
-        minari_dataset, columns = load_minari(name)
-        env = minari_dataset if minari_dataset.env_spec else None
-        ref_min = float(minari_dataset.storage.metadata.get("ref_min_score", np.nan))
-        ref_max = float(minari_dataset.storage.metadata.get("ref_max_score", np.nan))
-
-    require(len(columns["rewards"]) > 0, "the dataset has no transitions")
+        columns, task = load_minari(env_id)
+    d4rl_task = str(env_id).split("-")[0]  # also of your own file
+    if d4rl_task in D4RL_TASKS and env_id not in gym.registry:
+        task = D4RL_TASKS[d4rl_task]
+    rewards = columns["rewards"]
+    require(len(rewards) > 0, f"{name} has no transitions")
+    require(len(set(map(len, columns.values()))) == 1, f"{name} has columns of different lengths")
     for key in ("observations", "actions", "next_observations"):
-        require(np.isfinite(columns[key]).all(), f"the dataset has NaN or inf in {key}")
-    infinite = np.isinf(columns["rewards"]).any()
-    require(not infinite, "the dataset has inf in rewards (NaN means unlabelled)")
-    return Dataset(**columns, env=env, ref_min=ref_min, ref_max=ref_max, name=name)
+        require(np.isfinite(columns[key]).all(), f"{name} has NaN or inf in {key}")
+    require(not np.isinf(rewards).any(), f"{name} has inf in rewards (NaN means no label)")
+    zeros, known = np.count_nonzero(rewards == 0), np.count_nonzero(~np.isnan(rewards))
+    if known / 10 < zeros < known:
+        warn(f"{zeros / known:.1%} of the known rewards are exactly 0: if 0 is no label, write NaN")
+    num_episodes = columns["episode_ids"][-1] + 1
+    print(f"dataset       {name}: {len(rewards):,} transitions, {num_episodes:,} episodes")
+    return Dataset(**columns, name=name, **task)
 
 
-def find_simulator(env_id: str | None) -> tuple[str | None, float, float]:
-    """Simulator and reference returns for a user's own file, by a D4RL name or a Gymnasium id."""
-    without_references = (env_id, np.nan, np.nan)
-    if env_id is None or env_id in gym.registry:  # a user's own may be called hopper-..., too
-        return without_references
-    return D4RL_TASKS.get(env_id.split("-")[0], without_references)
-
-
-def find_file(env_id: str) -> Path:
+def find_file(name: str) -> Path:
     """The bundled file, or a D4RL file in the d4rl package's cache, downloaded if missing."""
-    if env_id == BUNDLED:
-        path = Path(__file__).resolve().parent / "tests" / "data" / f"{BUNDLED}.hdf5"
+    if name == BUNDLED:
+        path, urls = Path(__file__).resolve().parent / "tests" / "data" / f"{name}.hdf5", []
     else:
         folder = Path(os.environ.get("D4RL_DATASET_DIR", "~/.d4rl/datasets")).expanduser()
-        path = folder / (env_id.removesuffix("-v2").replace("-", "_") + "-v2.hdf5")
-        download(path, SHA256[env_id])
-    with open(path, "rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
-    require(found == SHA256[env_id], f"{path} has SHA-256 {found}, not {SHA256[env_id]}: delete it")
+        path, urls = folder / (name.replace("-", "_").replace("_v2", "-v2.hdf5")), D4RL_URLS
+    for url in urls:
+        if not path.exists():
+            print(f"downloading   {url}{path.name}")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            socket.setdefaulttimeout(30)  # seconds without a byte
+            try:
+                torch.hub.download_url_to_file(url + path.name, str(path), SHA256[name])
+            except Exception as error:  # noqa: BLE001 (no network, wrong bytes)
+                print(f"failed        {error}")
+    require(path.exists(), f"there is no {path}: put it there by hand, or use {BUNDLED}")
+    found = hashlib.sha256(path.read_bytes()).hexdigest()
+    require(found == SHA256[name], f"{path} has SHA-256 {found}, not {SHA256[name]}: delete it")
     return path
 
 
-def download(path: Path, sha256: str) -> None:
-    """Fetch a D4RL file from the first host that has it, unless it is there."""
-    failures = []
-    for url in D4RL_URLS:
-        if path.exists():
-            return
-        print(f"downloading {url}{path.name}")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        before = socket.getdefaulttimeout()
-        socket.setdefaulttimeout(30)  # seconds without a byte
-        try:
-            torch.hub.download_url_to_file(url + path.name, str(path), sha256)
-        except (OSError, HTTPException, RuntimeError) as error:  # RuntimeError: wrong bytes
-            failures.append(f"{url}: {error}")
-        finally:
-            socket.setdefaulttimeout(before)
-    require(
-        path.exists(),
-        f"cannot download {path.name} ({'; '.join(failures)}); put it at {path} by hand, "
-        f"or use the bundled --env-id {BUNDLED}, which needs no network",
-    )
-
-
-def read_hdf5(path: Path, follow_d4rl: bool) -> dict[str, np.ndarray]:
+def read_hdf5(path: Path, follow_d4rl: bool) -> dict:
     """The columns of Dataset from a D4RL-schema file, by D4RL's rule or the one for users' logs."""
-    arrays = read_columns(path)
-    terminals, timeouts = find_ends(path, arrays)
-    is_kept = find_transitions(arrays, terminals, timeouts, follow_d4rl)
-    # The next row's observations. At an episode's end they are wrong, but such a row is either
-    # dropped or terminal, and then its next observation does not count.
-    next_observations = np.append(arrays["observations"][1:], arrays["observations"][-1:], axis=0)
-    if not follow_d4rl:
-        next_observations = arrays.get("next_observations", next_observations)
-        if "timeouts" not in arrays:
-            print("timeouts      none: episodes end where terminals or next_observations say so")
-        report_dropped(path, arrays["rewards"], is_kept)
-
-    ends = terminals | timeouts
-    episode_ids = np.cumsum(ends) - ends  # the number of ends before each row
-    # Numbered anew, since all rows of an episode may be gone.
-    _, episode_ids = np.unique(episode_ids[is_kept], return_inverse=True)
-    return {
-        "observations": arrays["observations"][is_kept],
-        "actions": arrays["actions"][is_kept],
-        "rewards": arrays["rewards"][is_kept],
-        "next_observations": next_observations[is_kept],
-        "terminals": terminals[is_kept].astype(np.float32),
-        "episode_ids": episode_ids,
-    }
-
-
-def read_columns(path: Path) -> dict[str, np.ndarray]:
-    """Every known column of the file, float32, all of the same length."""
-    require(path.exists(), f"{path}: there is no such file")
-    keys = ["observations", "actions", "rewards", "terminals"]
     try:
-        with h5py.File(path, "r") as file:
-            missing = [key for key in keys if key not in file]
-            require(not missing, f"{path} has no {', '.join(missing)}, but only {', '.join(file)}")
-            keys += [key for key in ("timeouts", "next_observations") if key in file]
-            columns = {key: file[key] for key in keys}
-            check_layout(path, columns)
-            arrays = {key: column.astype(np.float32)[()] for key, column in columns.items()}
-    except UserError:
-        raise
-    except Exception as error:  # whatever h5py raises, the file is at fault
-        message = f"{path} is not a readable HDF5 file with {', '.join(keys)}: {error}"
-        raise UserError(message) from error
-    for key in ("rewards", "terminals", "timeouts"):
-        if key in arrays:
-            arrays[key] = arrays[key].reshape(-1)  # D4RL's replay files have rewards of (rows, 1)
+        arrays = read_columns(path)
+        is_kept, arrays["next_observations"], ends = find_transitions(arrays, follow_d4rl)
+    except Exception as error:  # h5py has no common error for damaged files
+        raise UserError(f"{path}: {error}") from error
+    dropped = arrays["rewards"][~is_kept]
+    if len(dropped) > 0 and not follow_d4rl:
+        lost = np.count_nonzero(~np.isnan(dropped))
+        print(f"dropped       {len(dropped):,} rows without a next observation, {lost:,} labels")
+    columns = {name: arrays[name][is_kept] for name in Dataset._fields[:5]}
+    episode_ids = np.cumsum(ends) - ends  # the number of ends before each row
+    _, columns["episode_ids"] = np.unique(episode_ids[is_kept], return_inverse=True)  # from 0 on
+    return columns
+
+
+def read_columns(path: Path) -> dict:
+    """All rows of the columns that are known: vectors float32, all others float64."""
+    arrays = {}
+    with h5py.File(path) as file:
+        missing = {"observations", "actions", "rewards", "terminals"} - file.keys()
+        require(not missing, f"has no {', '.join(sorted(missing))}")
+        others = {"truncations", "truncated", "dones", "done", "episode_terminals"} & file.keys()
+        is_clear = "timeouts" in file or not others
+        require(is_clear, f"has no timeouts, but {others}: rename what marks cut-off episodes")
+        for name in file.keys() & {*Dataset._fields[:5], "timeouts"}:
+            column = file[name]
+            # HDF5 reads as zeros what was never written, or lies in a file that is missing.
+            is_whole = column.id.get_space_status() == h5py.h5d.SPACE_STATUS_ALLOCATED
+            is_written = is_whole and not column.is_virtual and not column.external
+            require(is_written or len(column) == 0, f"has unwritten rows in {name} (no label: NaN)")
+            arrays[name] = column.astype(np.float64)[()]
+    for name in arrays.keys() & {"rewards", "terminals", "timeouts"}:
+        arrays[name] = arrays[name].reshape(-1)  # D4RL's replay files have rewards of (rows, 1)
+    for name in arrays.keys() & {"terminals", "timeouts"}:
+        require(np.isin(arrays[name], [0, 1]).all(), f"has other numbers than 0 and 1 in {name}")
+    for name in arrays.keys() & {"observations", "actions", "next_observations"}:
+        arrays[name] = to_float32(name, arrays[name])
+    lengths = {name: len(array) for name, array in arrays.items()}
+    require(len(set(lengths.values())) == 1, f"has columns of different lengths: {lengths}")
     return arrays
 
 
-def check_layout(path: Path, columns: dict[str, h5py.Dataset]) -> None:
-    """Refuse what is no table of numbers, before anything is read into memory."""
-    for key, column in columns.items():
-        is_array = isinstance(column, h5py.Dataset) and column.shape is not None
-        require(is_array and column.dtype.kind in "fiub", f"{path}: {key} is not a numeric array")
-        wrong_shape = f"{path} has wrong shapes: {key} is {column.shape}"
-        if key not in ("observations", "actions", "next_observations"):
-            require(column.ndim > 0 and column.shape[1:] in ((), (1,)), wrong_shape)
-            continue
-        require(column.ndim == 2 and column.shape[1] > 0, wrong_shape)
-        # A row that was never written, or that lies in a missing file (external, virtual), HDF5
-        # reads as zeros: in a damaged file, terabytes of them.
-        is_written = column.id.get_space_status() == h5py.h5d.SPACE_STATUS_ALLOCATED
-        is_elsewhere = column.external or column.is_virtual
-        require(
-            (is_written and not is_elsewhere) or len(column) == 0,
-            f"{path}: {key} declares {len(column):,} rows, more than the file itself holds",
-        )
-    lengths = {key: len(column) for key, column in columns.items()}
-    require(len(set(lengths.values())) == 1, f"{path} has columns of different lengths: {lengths}")
-    if "next_observations" in columns:
-        same = columns["next_observations"].shape == columns["observations"].shape
-        require(same, f"{path} has wrong shapes: next_observations differ from observations")
+def to_float32(name: str, array: np.ndarray) -> np.ndarray:
+    """For the networks. Says where that loses information, or a sensor's glitch will."""
+    require(array.ndim == 2, f"has {name} of shape {array.shape}, not vectors")
+    for j, column in enumerate(array.T if len(array) > 0 else []):
+        low, middle, high = np.percentile(column, [1, 50, 99])
+        width = high - low  # of the middle 98%; 0 says nothing
+        if width > 0 and np.ptp(column) > 100 * width:
+            row = np.abs(column - middle).argmax()
+            warn(f"{name}, column {j}: a glitch? Row {row:,} has {column[row]:g}")
+        if width > 0 and np.spacing(np.float32(abs(middle))) > width / 100:
+            warn(f"{name}, column {j}: subtract {middle:g}, too large for float32")
+    return array.astype(np.float32)
 
 
-def find_ends(path: Path, arrays: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """Rows where the task ended, and rows where the recording was cut off; (rows,), bool."""
-    for key in ("terminals", "timeouts"):
-        values = arrays.get(key, np.zeros(1))
-        is_flag = np.isfinite(values) & (values >= 0)
-        require(is_flag.all(), f"{path} has NaN, inf or negative numbers in {key}")
-    terminals = arrays["terminals"] != 0
-    if "timeouts" in arrays:
-        return terminals, arrays["timeouts"] != 0
-    if "next_observations" in arrays:  # a cut is where the next row starts from another observation
-        following = np.roll(arrays["observations"], -1, axis=0)  # after the last row, the first
-        is_cut = (arrays["next_observations"] != following).any(axis=1)
-        if is_cut.mean() > 0.5:  # rows shuffled or left out: most would be episodes of their own
-            is_cut[:] = False
-        return terminals, is_cut
+def find_transitions(arrays: dict, follow_d4rl: bool) -> tuple:
+    """Of each row: is its next observation known, what is it, does an episode end there."""
+    observations, terminals = arrays["observations"], arrays["terminals"] == 1
+    following = np.roll(observations, -1, axis=0)  # the next row's; after the last row, the first
+    if follow_d4rl or "next_observations" not in arrays:
+        # A terminal row's next observation counts for nothing; do not take another episode's.
+        next_observations = np.where(terminals[:, None], observations, following)
+        has_own_next = np.zeros_like(terminals)
+    else:
+        next_observations = arrays["next_observations"]
+        require(next_observations.shape == observations.shape, "has odd next_observations")
+        has_own_next = (next_observations != following).any(axis=1)
+    timeouts = arrays.get("timeouts", has_own_next) == 1
+    ends = terminals | timeouts
     require(
-        terminals[-1:].all(),
-        f"{path} has no timeouts, and terminals do not say where its last episode ends: add the "
-        "column timeouts, 1 in the last row of each episode that was cut off, 0 elsewhere",
+        "timeouts" in arrays or ends[-1:].all(), "has no timeouts: 1 where an episode is cut off"
     )
-    return terminals, np.zeros_like(terminals)
+    # After a cut comes another episode, whatever an environment that resets itself logged as next.
+    is_last = np.arange(len(timeouts)) == len(timeouts) - 1
+    is_kept = has_own_next | ~(timeouts | is_last)
+    if not follow_d4rl:  # published scores go without these rows
+        is_kept |= terminals
+    if np.count_nonzero(has_own_next & ~terminals) > len(has_own_next) / 2:
+        warn("rows are in no order: all count as one episode")
+        ends[:] = False
+    return is_kept, next_observations, ends
 
 
-def find_transitions(arrays: dict, terminals, timeouts, follow_d4rl: bool) -> np.ndarray:
-    """The rows that are whole transitions, (rows,), bool."""
-    has_next = ~timeouts  # after a timeout, the next row belongs to another episode
-    has_next[-1:] = False
-    if follow_d4rl:  # drops the last row and all timeouts, as for every published score
-        return has_next
-    if "next_observations" in arrays:
-        return np.ones_like(has_next)
-    return has_next | terminals  # a terminal row's next observation is multiplied by 0
-
-
-def report_dropped(path: Path, rewards: np.ndarray, is_kept: np.ndarray) -> None:
-    """Say how many rows of one's own log cannot be used, and how many labels lie on them."""
-    dropped = np.count_nonzero(~is_kept)
-    lost = np.count_nonzero(~np.isnan(rewards[~is_kept]))
-    left = np.count_nonzero(~np.isnan(rewards[is_kept]))
-    if dropped > 0:
-        print(
-            f"dropped       {dropped:,} rows without a next observation, {lost:,} of them labelled"
-        )
-    require(
-        left > 0 or lost == 0,
-        f"{path}: all {lost:,} labels are on rows whose next observation is unknown (timeouts, "
-        "last row): add the column next_observations, or terminals where the task ended",
-    )
-
-
-def load_minari(env_id: str) -> tuple[minari.MinariDataset, dict[str, np.ndarray]]:
-    """A Minari dataset, downloaded if it is not there, and the columns of Dataset."""
+def load_minari(env_id: str) -> tuple:
+    """The columns of Dataset, downloaded if missing; its simulator, returns of scores 0 and 100."""
     try:
-        if "/" not in env_id:  # not a remote one
-            names = [*SHA256, *minari.list_local_datasets()]
-            nearest = ", ".join(difflib.get_close_matches(env_id, names, cutoff=0))
-            hint = f"nearest: {nearest}; remote Minari ids have a slash, Gymnasium's need --dataset-path"
-            require(env_id in names, f"unknown --env-id {env_id}; {hint}")
-        _, _, version = env_id.rpartition("-v")
-        require(version.isdigit(), f"--env-id {env_id} has no version: Minari ids end in -v0 or so")
         dataset = minari.load_dataset(env_id, download=True)
-        return dataset, read_minari(dataset)
-    except UserError:
-        raise
+        for space in (dataset.observation_space, dataset.action_space):
+            require(isinstance(space, gym.spaces.Box), f"need continuous vectors, not {space}")
+        episodes = list(dataset.iterate_episodes())
+        columns = {
+            "observations": [episode.observations[:-1] for episode in episodes],
+            "actions": [episode.actions for episode in episodes],
+            "next_observations": [episode.observations[1:] for episode in episodes],
+        }
+        columns = {name: to_float32(name, np.concatenate(x)) for name, x in columns.items()}
+        for name, parts in {"rewards": "rewards", "terminals": "terminations"}.items():
+            columns[name] = np.concatenate([np.float64(getattr(e, parts)) for e in episodes])
     except Exception as error:  # no network, damaged files: Minari has no common error for them
-        raise UserError(f"cannot load the Minari dataset {env_id}: {error}") from error
-
-
-def read_minari(dataset: minari.MinariDataset) -> dict[str, np.ndarray]:
-    """Transitions of a Minari dataset: T + 1 observations an episode, so no step is dropped."""
-    for space in (dataset.observation_space, dataset.action_space):
-        vector = isinstance(space, gym.spaces.Box) and len(space.shape) == 1
-        require(vector, f"{dataset.id}: need continuous vectors (1-D Box), not {space}")
-    episodes = [episode for episode in dataset.iterate_episodes() if len(episode) > 0]
-    require(len(episodes) > 0, f"{dataset.id} has no transitions")
-
-    for episode in episodes:
-        columns = (episode.actions, episode.rewards, episode.terminations)
-        sizes = [len(episode.observations) - 1, *map(len, columns)]
-        require(len(set(sizes)) == 1, f"{dataset.id} has an episode of different lengths: {sizes}")
-
-    def stack(arrays) -> np.ndarray:
-        return np.concatenate(list(arrays)).astype(np.float32)
-
-    lengths = [len(episode) for episode in episodes]
-    return {
-        "observations": stack(episode.observations[:-1] for episode in episodes),
-        "actions": stack(episode.actions for episode in episodes),
-        "rewards": stack(np.reshape(episode.rewards, -1) for episode in episodes),
-        "next_observations": stack(episode.observations[1:] for episode in episodes),
-        "terminals": stack(episode.terminations for episode in episodes),
-        "episode_ids": np.repeat(np.arange(len(episodes)), lengths),
-    }
+        others = f"Gymnasium's (they need --dataset-path) nor of {', '.join(SHA256)}"
+        raise UserError(f"--env-id {env_id}: {error}; nor is it one of {others}") from error
+    columns["episode_ids"] = np.repeat(np.arange(len(episodes)), [len(e.actions) for e in episodes])
+    task = {"simulator": dataset if dataset.env_spec else None}
+    for name, unknown in (("ref_min", 0.0), ("ref_max", 100.0)):
+        task[name] = dataset.storage.metadata.get(f"{name}_score", unknown)
+    return columns, task
 
 
 # --- Evaluation ---
-MAX_STEPS = 10_000  # of an episode in an environment without a time limit of its own
+mujoco.set_mju_user_warning(lambda message: None)
+gym.logger.min_level = gym.logger.ERROR  # -v4 is outdated, but its scores compare with D4RL's
 
 
-class Task(NamedTuple):
-    """What a policy acts in: a simulator, if there is one, and the bounds of the actions."""
-
-    env_spec: gym.envs.registration.EnvSpec | None
-    low: np.ndarray  # (act_dim,): the simulator's bounds, else the log's smallest actions
-    high: np.ndarray
-    ref_min: float  # the dataset's; NaN in another simulator: raw returns are reported
-    ref_max: float
-
-
-def make_task(dataset: Dataset, eval_env_id: str | None) -> Task:
-    """Check that the simulator works for a step and fits the dataset; UserError if it does not."""
-    source = eval_env_id or dataset.env
-    ref_min, ref_max = dataset.ref_min, dataset.ref_max
-    if eval_env_id:  # the dataset's references are not those of another simulator
-        ref_min = ref_max = math.nan
-    if source is None:
-        low, high = dataset.actions.min(axis=0), dataset.actions.max(axis=0)
-        return Task(None, low, high, ref_min, ref_max)
-    env = make_env(source)
-    for space in (env.observation_space, env.action_space):
-        vector = isinstance(space, gym.spaces.Box) and len(space.shape) == 1
-        require(vector, f"{env.spec.id}: need continuous vectors (1-D Box), not {space}")
-    require(env.action_space.is_bounded(), f"the actions of {env.spec.id} have no bounds")
-    shapes = (dataset.observations.shape[1:], dataset.actions.shape[1:])
-    expected = (env.observation_space.shape, env.action_space.shape)
-    require(shapes == expected, f"the dataset has shapes {shapes}, {env.spec.id} {expected}")
-
-    task = Task(env.spec, env.action_space.low, env.action_space.high, ref_min, ref_max)
-    low, high = task.low.astype(np.float64), task.high.astype(np.float64)
-    # Float32 may round actions out of bounds: allow a little of the range, and of large bounds.
-    rounding = 1e-5 * (high - low) + 1e-6 * np.maximum(np.abs(low), np.abs(high))
-    in_bounds = (dataset.actions >= low - rounding) & (dataset.actions <= high + rounding)
-    found = f"{dataset.actions.min():.4g} to {dataset.actions.max():.4g}"
-    message = f"actions, {found}, beyond the bounds of {env.spec.id}: {env.action_space}"
-    require(in_bounds.all(), message)
-    middle, _ = middle_and_half(task)
+def check_simulator(simulator, observations, actions) -> tuple:
+    """Its spec and the bounds of its actions; without a simulator, None and those of the log."""
+    if simulator is None:
+        return None, actions.min(axis=0), actions.max(axis=0)
     try:
-        observation, _ = env.reset(seed=100)
-        next_observation, reward, _, _, _ = env.step(middle.astype(task.low.dtype))
-        float(reward)  # raises if it is not numeric
-        returned = [np.shape(observation), np.shape(next_observation)]
+        is_minari = isinstance(simulator, minari.MinariDataset)
+        env = simulator.recover_environment(eval_env=True) if is_minari else gym.make(simulator)
+        env.reset(seed=100)
+        observation, reward, _, _, _ = env.step(env.action_space.sample())
+        float(reward)
     except Exception as error:  # a user's environment may raise anything
-        raise UserError(f"{env.spec.id} fails in reset or step: {error!r}") from error
-    expected = [env.observation_space.shape] * 2
-    require(returned == expected, f"{env.spec.id} returns shapes {returned}, not {expected}")
-    env.close()
-    return task
-
-
-def make_env(source: str | gym.envs.registration.EnvSpec | minari.MinariDataset) -> gym.Env:
-    """A simulator to evaluate in, without the warnings of MuJoCo and Gymnasium."""
-    mujoco.set_mju_user_warning(lambda message: None)
-    gym.logger.min_level = gym.logger.ERROR  # -v4 is outdated, but its scores compare with D4RL's
-    try:
-        if isinstance(source, minari.MinariDataset):
-            return source.recover_environment(eval_env=True)
-        return gym.make(source)
-    except Exception as error:  # unknown id, missing package, or the environment's own
-        name = getattr(source, "id", source)
-        raise UserError(f"cannot make the environment of {name}: {error}") from error
-
-
-def middle_and_half(task: Task) -> tuple[np.ndarray, np.ndarray]:
-    """Middle and half-width of each action's range; half-width 1 where there is no range."""
-    low, high = task.low.astype(np.float64), task.high.astype(np.float64)
-    half = (high - low) / 2
-    return (high + low) / 2, np.where(half > 0, half, 1.0)
-
-
-def scale_actions(actions: np.ndarray, task: Task) -> np.ndarray:
-    """From the task's bounds to [-1, 1]; the identity for D4RL."""
-    middle, half = middle_and_half(task)
-    return ((actions - middle) / half).astype(np.float32)
+        raise UserError(f"the simulator {simulator} fails: {error!r}") from error
+    name, space = env.spec.id, env.action_space
+    fits = np.shape(observation) == observations.shape[1:] and space.shape == actions.shape[1:]
+    require(fits, f"the observations or actions of {name} have another shape than the dataset's")
+    is_bounded = space.dtype.kind == "f" and space.is_bounded()
+    require(is_bounded, f"{name} needs float actions with bounds, not {space}")
+    largest = np.abs(scale_actions(actions, space.low, space.high)).max()
+    require(largest < 1 + 1e-4, f"the dataset has actions beyond the bounds of {name}: {space}")
+    return env.spec, space.low, space.high
 
 
 class Policy(dict):
-    """One seed's actor in numpy, a dict of its arrays, to save and to use anywhere.
-
-    Call it with observations, (obs_dim,) or (n, obs_dim); it returns actions."""
+    """One seed's actor in numpy, a dict of its arrays: (obs_dim,) or (n, obs_dim) -> actions."""
 
     def __call__(self, observations: np.ndarray) -> np.ndarray:
-        x = (np.float32(observations) - self["mean"]) / self["std"]
-        x = np.maximum(x @ self["layer1.weight"] + self["layer1.bias"], 0)
-        x = np.maximum(x @ self["layer2.weight"] + self["layer2.bias"], 0)
-        x = np.tanh(x @ self["layer3.weight"] + self["layer3.bias"])
         low, high = np.float64(self["low"]), np.float64(self["high"])
-        actions = np.clip(low + (np.float64(x) + 1) / 2 * (high - low), low, high)
-        if self["low"].dtype.kind in "iu":  # a Box of integers
-            actions = np.rint(actions)
-        return actions.astype(self["low"].dtype)
+        actions = low + (np.float64(self.network(observations)) + 1) / 2 * (high - low)
+        return actions.clip(low, high).astype(self["low"].dtype)
+
+    def network(self, observations: np.ndarray) -> np.ndarray:
+        """What Actor computes."""
+        x = (np.float32(observations) - self["mean"][0]) / self["std"][0]
+        x = np.maximum(x @ self["layer1.weight"] + self["layer1.bias"][0], 0)
+        x = np.maximum(x @ self["layer2.weight"] + self["layer2.bias"][0], 0)
+        return np.tanh(x @ self["layer3.weight"] + self["layer3.bias"][0])
 
 
-def make_policies(actor: MLP, task: Task) -> list[Policy]:
-    """A copy of each seed's actor as it is now."""
-    state = deepcopy(actor).cpu().state_dict()
-    policies = []
-    for k in range(len(actor.mean)):  # each tensor's first dimension is the seeds
-        weights = {name: tensor[k].numpy() for name, tensor in state.items()}
-        for name in weights:
-            if not name.endswith("weight"):
-                weights[name] = weights[name][0]  # its batch dimension of 1
-        policies.append(Policy(weights, low=task.low, high=task.high))
-    return policies
+@torch.no_grad()
+def write_policies(actor: Actor, observations, low, high, paths: list, update: int):
+    """A file for each seed's actor as it is now, which it is compared with on some observations."""
+    each_seed = torch.from_numpy(observations).to(actor.mean).expand(len(paths), -1, -1)
+    expected = actor(each_seed).cpu().numpy()
+    require(np.isfinite(expected).all(), f"diverged by update {update:,}: lower --learning-rate")
+    for k, path in enumerate(paths):
+        weights = {name: tensor[k].cpu().numpy() for name, tensor in actor.state_dict().items()}
+        policy = Policy(weights, low=low, high=high)
+        same = np.allclose(policy.network(observations), expected[k], atol=1e-3)
+        assert same, "Policy.network() is not what Actor computes: change both"
+        np.savez(path, **policy)
 
 
-def write_policies(actor: MLP, task: Task, seeds: range, run_dir: Path) -> list[Path]:
-    """Write each seed's actor as it is now to a file of its own; returns their paths."""
-    paths = []
-    for seed, policy in zip(seeds, make_policies(actor, task)):
-        path = run_dir / f"policy_seed{seed}.npz"
-        with replacing(path) as file:
-            np.savez(file, **policy)
-        paths.append(path)
-    return paths
-
-
-def run_episode(path: Path, env_spec, seed: int, stopped: list) -> float | None:
-    """Return of one deterministic episode of a policy's file; None if a signal stops it.
-
-    `stopped` gets an entry when a signal comes (signals_caught()); in a worker it stays empty."""
-    with np.load(path) as arrays:
-        policy = Policy(arrays)
-    env = make_env(env_spec)
+def run_episode(job: tuple) -> float:
+    """Return of one deterministic episode, for a policy's file, a simulator and a seed."""
+    path, env_spec, seed = job
+    policy, env = Policy(np.load(path)), gym.make(env_spec)
     observation, _ = env.reset(seed=seed)
     episode_return = 0.0
-    for _ in range(env.spec.max_episode_steps or MAX_STEPS):
+    for _ in range(env_spec.max_episode_steps or 10_000):
         observation, reward, terminated, truncated, _ = env.step(policy(observation))
         episode_return += float(reward)
-        if stopped:
-            return None
         if terminated or truncated:
             break
-    env.close()
     return episode_return
 
 
-def make_workers(num_workers: int) -> Executor:
-    if num_workers == 0:
-        return ThreadPoolExecutor(1)  # so that there are futures to wait for in either case
-    os.environ["OMP_NUM_THREADS"] = "1"  # for workers, which read it when they start
-    workers = ProcessPoolExecutor(num_workers, get_context("spawn"), init_worker)
-    # A terminal sends Ctrl-C to all processes, also to a worker that is not in init_worker() yet.
-    # It inherits that signals wait; here they arrive a moment later.
-    if hasattr(signal, "pthread_sigmask"):  # not on Windows
-        signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
-        for _ in range(num_workers):
-            workers.submit(os.getpid)  # any job: it starts a worker
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGINT, signal.SIGTERM))
-    return workers
+def evaluate(play, paths: list, env_spec, dataset: Dataset, num_episodes: int) -> tuple:
+    """Mean return and score of each policy, (seeds,); `play` is map, or that of the workers."""
+    starts = range(100, 100 + num_episodes)  # the same for every seed, at every evaluation
+    jobs = [(path, env_spec, start) for path in paths for start in starts]
+    returns = list(play(run_episode, jobs))
+    returns = np.reshape(returns, (len(paths), num_episodes)).mean(axis=1)
+    scores = 100 * (returns - dataset.ref_min) / (dataset.ref_max - dataset.ref_min)
+    return returns.tolist(), scores.tolist()
 
 
-def init_worker() -> None:
-    """Leave signals to the training process, and end when it ends, even if it is killed."""
+def init_worker():
+    """Leave Ctrl-C to the training process, and end when it ends, even if it is killed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
-    def follow_parent():
+    def wait():
         parent_process().join()
         os._exit(1)
 
-    threading.Thread(target=follow_parent, daemon=True).start()
-
-
-def start_evaluation(workers: Executor, paths, task: Task, updates_done, args, stopped) -> list:
-    """Begin to evaluate each seed's policy: (update, seed, the futures of its episodes) of each.
-
-    The policy's path is sent, not its arrays: Python 3.11.2 hangs if a worker dies during a long
-    message."""
-    if task.env_spec is None:
-        return []
-    if args.eval_workers > 0:
-        stopped = []  # a worker gets a copy and no signals: it finishes, and is waited for
-    pending = []
-    for k, path in enumerate(paths):
-        # The same start states for every seed, and at every evaluation.
-        jobs = [(path, task.env_spec, 100 + i, stopped) for i in range(args.eval_episodes)]
-        futures = [workers.submit(run_episode, *job) for job in jobs]
-        pending.append((updates_done, args.seed + k, futures))
-    return pending
-
-
-def finish_evaluation(pending: list, scores: list, task: Task, run_dir, tracker) -> None:
-    """Wait for the evaluation under way, if there is one; write, show and track its scores.
-
-    Empties `pending` and extends `scores`, unless a signal stopped the evaluation."""
-    if not pending:
-        return
-    metric = metric_of(task)
-    rows = []
-    for updates_done, seed, futures in pending:
-        returns = [future.result() for future in futures]
-        if None in returns:  # a signal stopped it: it stays pending, a resumed run makes it anew
-            return
-        mean_return = float(np.mean(returns))
-        score = math.nan
-        if metric == "score":
-            score = 100 * (mean_return - task.ref_min) / (task.ref_max - task.ref_min)
-        rows.append({"update": updates_done, "seed": seed, "return": mean_return, "score": score})
-    pending.clear()
-    scores.extend(rows)
-    write_csv(run_dir / "scores.csv", scores)
-    values = [row[metric] for row in rows]
-    mean, std = np.mean(values), np.std(values)
-    tqdm.write(f"update {rows[0]['update']:>9,}   {metric} {mean:.1f} ± {std:.1f}")
-    if tracker:
-        each_seed = {f"charts/{metric}_seed{row['seed']}": row[metric] for row in rows}
-        tracker.log({"update": rows[0]["update"], f"charts/{metric}": mean, **each_seed})
-
-
-def metric_of(task: Task) -> str:
-    return "score" if task.ref_max > task.ref_min else "return"  # no references (NaN): return
-
-
-def evaluations_left(args, task: Task, updates_done: int, scores: list) -> list[int]:
-    """The updates at which the agent is still to be evaluated: every eval_freq, and at the end."""
-    # From the last score on, not from `updates_done`: a checkpoint is written before its own
-    # evaluation, so a resumed run may have that one still to make.
-    done = scores[-1]["update"] if scores else 0
-    if task.env_spec is None:  # nothing to evaluate: these are the times of checkpoints
-        done = updates_done
-    points = [*range(args.eval_freq, args.num_updates, args.eval_freq), args.num_updates]
-    return [point for point in points if point > done]
+    threading.Thread(target=wait, daemon=True).start()
 
 
 # --- Run directory ---
-@contextmanager
-def replacing(path: Path):
-    """A file to write beside `path`, which it then replaces: no reader ever finds half a file."""
-    temporary = path.with_name(f"{path.name}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+# Arguments a resumed run may change: they leave results alone. The dataset's content is compared.
+MAY_CHANGE = {"resume", "run_dir", "dataset_path", "eval_workers", "track", "compile"}
+MAY_CHANGE |= {"cuda_graph", "num_updates", "script_sha256"}
 
 
-def write_csv(path: Path, rows: list[dict]) -> None:
-    lines = [",".join(rows[0])]
-    for row in rows:
-        lines.append(",".join(map(str, row.values())))
-    with replacing(path) as file:
-        file.write("\n".join([*lines, ""]).encode())
+def make_config(args: Args, dataset: Dataset, device) -> dict:
+    """What config.json records, and what a resumed run must find unchanged."""
+    config = json.loads(json.dumps(vars(args), default=str))  # paths become text
+    config["device"] = device.type
+    content = b"".join(array.tobytes() for array in dataset[:6])
+    config["dataset"] = hashlib.sha256(content).hexdigest()
+    config["script_sha256"] = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
+    return config
 
 
-def to_json(content: dict) -> str:
-    text = json.dumps(content, default=str)  # a Path becomes its text
-    content = json.loads(text, parse_constant=lambda name: None)  # JSON knows no NaN: null
-    return json.dumps(content, indent=2)
-
-
-def write_json(path: Path, content: dict) -> None:
-    with replacing(path) as file:
-        file.write(to_json(content).encode())
-
-
-def make_run_dir(run_dir: Path | None, name: str) -> Path:
-    """`run_dir`, or a new folder in runs/ that no other run has."""
-    if run_dir:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        return run_dir
-    name = name.replace("/", "-").replace(":", "-")
-    run_dir = Path("runs") / f"{name}__{int(time.time())}"
-    run_dir.parent.mkdir(exist_ok=True)
-    while True:
-        try:
-            run_dir.mkdir()
-            return run_dir
-        except FileExistsError:  # another run of the same second
-            run_dir = run_dir.with_name(f"{run_dir.name}_")
-
-
-def write_config(run_dir: Path, config: dict, resume: bool) -> None:
-    """config.json marks the directory as that of a run; two new runs cannot both make it."""
-    if not resume:
-        open(run_dir / "config.json", "x").close()  # FileExistsError: another began meanwhile
-    write_json(run_dir / "config.json", config)
-
-
-# Arguments a resumed run may change: they leave results alone (compile: up to rounding). The
-# dataset may move, since its content is compared.
-FREE_TO_CHANGE = ("resume", "run_dir", "dataset_path", "eval_workers", "track", "log_freq")
-FREE_TO_CHANGE += ("compile", "cuda_graph")
-
-
-def write_checkpoint(path: Path, checkpoint: dict) -> None:
-    content = io.BytesIO()  # on a full disk, torch.save to a file raises no OSError
-    torch.save(checkpoint, content)
-    with replacing(path) as file:
-        file.write(content.getbuffer())
-
-
-def read_checkpoint(run_dir: Path, device: torch.device) -> dict | None:
-    """The state to go on from, None for a new run."""
-    path = run_dir / "checkpoint.pt"
-    if not path.exists():
-        return None
+def read_checkpoint(path: Path, config: dict, device) -> dict:
+    """The state to go on from; UserError if it is of other arguments."""
     try:
         state = torch.load(path, map_location=device, weights_only=True)
-        state["config"], state["agent"], state["num_updates"]  # KeyError: another program's
+        before = state["config"]
     except Exception as error:  # of whatever kind: the file is at fault
-        message = f"{path} is not a readable checkpoint ({error}); delete it to start anew"
-        raise UserError(message) from error
+        raise UserError(f"{path} is not readable ({error}): delete it to start anew") from error
+    for name in config.keys() - MAY_CHANGE:
+        old, new = before.get(name), config[name]
+        require(old == new, f"{path} was made with another {name}: {old}, now {new}")
+    if before["script_sha256"] != config["script_sha256"]:
+        warn("the script has changed since this run began")
     return state
 
 
-def restore(resumed: dict, agent, generator: torch.Generator) -> tuple[int, list]:
-    """Put agent and generator back to where they were; number of updates, scores so far."""
-    generator.set_state(resumed["generator"].cpu())
-    for name, part in vars(agent).items():
-        part.load_state_dict(resumed["agent"][name])
-    return resumed["num_updates"], resumed["scores"]
-
-
-def check_same_run(path: Path, before: dict, config: dict) -> None:
-    """A run goes on with the arguments it was started with."""
-    changes = []
-    for name, value in config.items():
-        if name not in FREE_TO_CHANGE and before.get(name) != value:
-            changes.append(f"{name} was {before.get(name)}, now {value}")
-    require(not changes, f"{path} was made with other arguments: {', '.join(changes)}")
-
-
-def start_tracking(run_dir: Path, config: dict, resumed: dict | None):
+def start_tracking(run_dir: Path, config: dict, run_id: str | None):
     """A Weights & Biases run, the same one after a resume."""
     import wandb
 
-    run_id = resumed["track_id"] if resumed else None
     try:
-        run = wandb.init(id=run_id, resume="allow", name=run_dir.name, config=config, dir=run_dir)
+        return wandb.init(id=run_id, resume="allow", name=run_dir.name, config=config, dir=run_dir)
     except wandb.Error as error:  # no key, no network
         raise UserError(f"Weights & Biases: {error} (or set WANDB_MODE=offline)") from error
-    run.define_metric("*", step_metric="update")
-    return run
 
 
-def log_losses(tracker, updates_done: int, losses: dict, speed: float) -> None:
-    means = {name: loss.mean().item() for name, loss in losses.items()}  # over the seeds
-    tracker.log({"update": updates_done, "charts/updates_per_second": speed, **means})
+def mean_and_std(values) -> str:
+    return f"{np.mean(values):.1f}" + (f" ± {np.std(values):.1f}" if len(values) > 1 else "")
 
 
-def leave(number: int, updates_done: int, run_dir: Path, args) -> None:
-    """End a run that a signal stopped; say how it goes on."""
-    more = [] if args.run_dir else ["--run-dir", run_dir.as_posix()]
-    more += [] if args.resume else ["--resume"]
-    more = f" with {shlex.join(more)}" if more else ""
-    tqdm.write(f"stopped after {updates_done:,} updates; to go on, repeat the command{more}")
-    sys.exit(128 + number)
-
-
-def write_result(run_dir: Path, scores: list, task: Task, config, quality, timing) -> None:
-    """result.json: the last evaluation and the mean of the last ten, never the best."""
-    result, text = {"metric": None}, "trained, not evaluated"
+def write_result(run_dir: Path, metric: str, scores: list, num_seeds: int, result: dict):
+    """The last evaluation and the mean of the last ten, never the best."""
+    text = "trained, not evaluated"
     if scores:
-        metric, num_seeds = metric_of(task), config["num_seeds"]
-        table = np.array([row[metric] for row in scores]).reshape(-1, num_seeds)
-        last, last_10 = table[-1], table[-10:].mean(axis=0)
-        text = f"{metric} {last.mean():.1f} ± {last.std():.1f} over {num_seeds} seed(s)"
-        result = {
-            "metric": metric,
-            "mean": last.mean(),
-            "std": last.std(),
-            "per_seed": last.tolist(),
-            "last_10_mean": last_10.mean(),
-            "last_10_std": last_10.std(),
-        }
-    result["reward_model"] = quality
-    for name in ("num_updates", "eval_episodes", "device", "matmul_precision"):
-        result[name] = config[name]
-    result["compile"] = compiled.on  # false, too, if compiling was tried and failed
-    result["timing"] = timing
+        values = np.reshape(scores, (-1, num_seeds))  # (evaluations, seeds)
+        last, last_10 = values[-1], values[-10:].mean(axis=0)
+        text = f"{metric} {mean_and_std(last)} over {len(last)} seed(s)"
+        result |= {"metric": metric, "per_seed": last.tolist(), "mean": last.mean()}
+        result |= {"last_10_mean": last_10.mean(), "last_10_std": last_10.std(), "std": last.std()}
     result["versions"] = {m.__name__: m.__version__ for m in (torch, np, gym, mujoco, minari)}
-    result["script_sha256"] = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
-    write_json(run_dir / "result.json", result)
+    result = json.loads(json.dumps(result), parse_constant=lambda name: None)  # NaN: null
+    (run_dir / "result.json").write_text(json.dumps(result, indent=2))
     print(f"result        {text}, in {run_dir}")
 
 
 # --- Speed ---
-def choose_device(name: str) -> torch.device:
-    """The device to train on; a GPU is made ready for recording."""
-    warnings.filterwarnings("ignore", ".*capturable=True.*")  # Adam's, of updates not recorded
-    if name == "cpu" or not torch.cuda.is_available():
-        return torch.device("cpu")
-    # repeat() records on the current stream, which must not be the default one.
-    torch.cuda.set_stream(torch.cuda.Stream())
-    return torch.device("cuda")
-
-
-def choose_precision(name: str, device: torch.device, resumed: dict | None) -> str:
-    """`name`; if it is auto, the fastest that is float32, or that of the (agent's) run resumed."""
-    if name != "auto":
-        return name
-    # On x86, medium hands products to oneDNN, often the faster library, which rounds them to
-    # bfloat16 only where the processor has AMX.
-    cpu = torch.cpu.get_capabilities()  # if it does not say, assume AMX
-    may_round = cpu.get("amx_bf16", True) or cpu.get("architecture") != "x86_64"
-    fastest = "medium" if device.type == "cpu" and not may_round else "highest"
-    if resumed is None:
-        return fastest
-    before = resumed["config"]["matmul_precision"]
-    require(
-        before in ("highest", fastest),  # both are float32 on this machine
-        f"the run began with --matmul-precision {before}, which may be less than float32 on this "
-        "machine: give that option again to resume anyway",
-    )
-    return before
-
-
-def choose_compile(choice: str, num_updates: int) -> bool:
-    """Whether to compile: it takes 22 s on two cores, won back in 10,000 to 20,000 updates."""
-    compiler = shutil.which(os.environ.get("CXX", "g++"))
-    pays = num_updates >= 25_000 and compiler is not None
-    return choice == "on" or (choice == "auto" and pays)
-
-
-def compiled(function):
-    """A version of the function that runs compiled while `compiled.on`: equal up to rounding.
-
-    If the compiler fails, which it can in many ways, all functions go on as they are written."""
-    fast = None
-
-    @functools.wraps(function)
-    def run(*inputs):
-        nonlocal fast
-        if not compiled.on:
-            return function(*inputs)
+def choose_device(args: Args) -> torch.device:
+    """A GPU only if it works: it may be too old for this PyTorch, busy, or full."""
+    device = torch.device("cpu")
+    if args.device == "cuda" or (args.device == "auto" and torch.cuda.is_available()):
         try:
-            fast = fast or torch.compile(function, fullgraph=True, dynamic=False)
-            return fast(*inputs)
-        except (RuntimeError, OSError) as error:
-            compiled.on = False
-            reason = " ".join(str(error).split())[:200]
-            tqdm.write(f"warning: cannot compile, going on without: {reason}", file=sys.stderr)
-            return function(*inputs)
-
-    return run
-
-
-compiled.on = False  # one switch for all wrapped functions; set_speed() decides
-
-# The functions that take the time. Every call, including those above, finds the wrapped version.
-gather = compiled(gather)
-reward_backward = compiled(reward_backward)
-critic_backward = compiled(critic_backward)
-actor_backward = compiled(actor_backward)
+            torch.ones(1, device="cuda").add(1).item()
+            torch.cuda.set_stream(torch.cuda.Stream())  # record() needs one that is not the default
+            device = torch.device("cuda")
+        except (RuntimeError, AssertionError) as error:
+            require(args.device == "auto", f"--device cuda does not work: {error}")
+            warn(f"the GPU does not work, going on without: {error}")
+    # On x86, medium takes oneDNN, often the faster library, and is float32 unless there is AMX.
+    has_amx = torch.cpu.get_capabilities().get("amx_bf16", True)  # not known beside x86
+    if device.type == "cpu" and not has_amx:
+        torch.set_float32_matmul_precision("medium")
+    return device
 
 
-def set_speed(precision: str, compiles: bool) -> None:
-    torch.set_float32_matmul_precision(precision)
-    compiled.on = compiles
-    if compiles:
-        torch._dynamo.config.trace_autograd_ops = True  # private: lets backward() be compiled
-        torch._dynamo.config.recompile_limit = 100  # private: a sweep of labels has many shapes
+def compile_losses(agent: Agent, data: Transitions, args: Args) -> bool:
+    """Compile the functions that take the time, if that is wanted, pays, and works."""
+    global critic_backward, actor_backward
+    is_long = args.num_updates >= 25_000  # 22 s on two cores are won back by then
+    if args.compile == "off" or (args.compile == "auto" and not is_long):
+        return False
+    as_written = critic_backward, actor_backward
+    torch._dynamo.config.trace_autograd_ops = True  # private: lets backward() be compiled
+    warnings.filterwarnings("ignore", "TensorFloat32")  # not wanted
+    critic_backward = torch.compile(critic_backward, fullgraph=True, dynamic=False)
+    actor_backward = torch.compile(actor_backward, fullgraph=True, dynamic=False)
+    try:  # now, on a copy of the agent
+        update(deepcopy(agent), data, torch.Generator(data.rewards.device), args)
+    except Exception as error:  # noqa: BLE001 (compilers fail in many ways)
+        critic_backward, actor_backward = as_written
+        warn(f"cannot compile, going on without: {error}")
+        return False
+    return True
 
 
-def repeat(step, generators: list[torch.Generator], recorded: bool):
-    """Each next() calls step() and yields what it returns; if `recorded`, it replays a CUDA graph.
-
-    A replay runs the hundred kernels of a step on the same memory in one launch. The random
-    generators that a step draws from are registered with the graph, which moves them on at each
-    replay."""
-    if not recorded:
-        while True:
-            yield step()
-
-    for _ in range(10):  # real steps: Adam makes its state, the compiler its kernels
-        yield step()
+def record(step, generator):
+    """A function that does what step() does: its hundred kernels, on the same memory, in one go."""
     graph = torch.cuda.CUDAGraph()
-    for generator in generators:
-        graph.register_generator_state(generator)
-    with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
-        result = step()  # is recorded, computes nothing
-    while True:
+    graph.register_generator_state(generator)  # each replay moves it on
+    try:
+        with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
+            result = step()  # is recorded, computes nothing
+    except Exception as error:  # noqa: BLE001
+        warn(f"cannot record, going on without: {error}")
+        step.failed_graph = graph  # kept, since the generator still knows it
+        return step
+
+    def replay():
         graph.replay()  # overwrites the tensors of `result`
-        yield result
+        return result
+
+    return replay
 
 
 # --- The experiment ---
-def check_arguments(args: Args) -> None:
-    require(0 < args.num_updates, "--num-updates must be at least 1")
-    require(0 < args.eval_freq, "--eval-freq must be at least 1")
-    require(0 < args.log_freq, "--log-freq must be at least 1")
-    require(0 < args.policy_freq, "--policy-freq must be at least 1")
-    counts = (args.num_updates, args.eval_freq, args.log_freq)
-    require(
-        not any(count % args.policy_freq for count in counts),
-        "--num-updates, --eval-freq and --log-freq must be multiples of "
-        f"--policy-freq {args.policy_freq}",
-    )
-    require(0 <= args.alpha < math.inf, "--alpha must be 0 or more")
-    require(0 <= args.policy_noise < math.inf, "--policy-noise must be 0 or more")
-    require(0 <= args.noise_clip < math.inf, "--noise-clip must be 0 or more")
-    require(0 <= args.gamma <= 1, "--gamma must be in [0, 1]")
-    require(0 <= args.tau <= 1, "--tau must be in [0, 1]")
-    require(0 < args.learning_rate < math.inf, "--learning-rate must be above 0")
-    require(0 < args.batch_size, "--batch-size must be at least 1")
-    require(0 <= args.seed, "--seed must be 0 or more")
-    require(0 < args.num_seeds, "--num-seeds must be at least 1")
-    require(0 < args.eval_episodes, "--eval-episodes must be at least 1")
-    require(0 <= args.eval_workers, "--eval-workers must be 0 or more")
-    require(args.run_dir or not args.resume, "--resume needs the --run-dir of the run to resume")
-    held = args.run_dir and (args.run_dir / "config.json").exists()  # before anything is loaded
-    require(
-        args.resume or not held,
-        f"{args.run_dir} already holds a run: use --resume or another --run-dir",
-    )
-    check_common_arguments(args)
-
-
-def check_common_arguments(args) -> None:
-    """Checks of the device and the reward model, the same in all three scripts."""
+def check_arguments(args: Args):
+    """What would otherwise fail late, or not at all."""
+    names = ["num_updates", "eval_freq", "policy_freq", "batch_size", "num_seeds", "eval_episodes"]
+    for name in [*names, "reward_hidden_dim", "reward_epochs", "reward_batch_size"]:
+        require(getattr(args, name) > 0, f"--{name.replace('_', '-')} must be at least 1")
+    for name in ("alpha", "policy_noise", "noise_clip", "eval_workers"):
+        require(
+            0 <= getattr(args, name) < math.inf, f"--{name.replace('_', '-')} must be 0 or more"
+        )
+    for name in ("learning_rate", "reward_learning_rate"):
+        require(0 < getattr(args, name) < math.inf, f"--{name.replace('_', '-')} must be above 0")
+    for count in (args.num_updates, args.eval_freq):
+        require(count % args.policy_freq == 0, f"{count} updates are no multiple of --policy-freq")
+    require(0 <= args.gamma <= 1 and 0 <= args.tau <= 1, "--gamma and --tau must be in [0, 1]")
+    require(0 <= args.seed < 2**31, "--seed must be at least 0 and below 2**31")
     fraction = args.label_fraction
     require(fraction is None or 0 < fraction <= 1, "--label-fraction must be in (0, 1]")
-    require(0 < args.reward_hidden_dim, "--reward-hidden-dim must be at least 1")
-    require(0 < args.reward_epochs, "--reward-epochs must be at least 1")
-    require(0 < args.reward_learning_rate < math.inf, "--reward-learning-rate must be above 0")
-    require(0 < args.reward_batch_size, "--reward-batch-size must be at least 1")
-    no_gpu = args.device == "cuda" and not torch.cuda.is_available()
-    require(not no_gpu, "--device cuda: there is no usable GPU here")
+    require(args.run_dir != Path(), "--run-dir is empty, or the current folder")
+    require(args.run_dir or not args.resume, "--resume needs the --run-dir of the run to resume")
+    taken = args.run_dir and not args.resume and (args.run_dir / "config.json").exists()
+    require(not taken, f"{args.run_dir} already holds a run: use --resume or another --run-dir")
 
 
-def fingerprint(dataset: Dataset) -> str:
-    """A hash of what a run is trained on: a resumed run must find the same."""
-    digest = hashlib.sha256()
-    for name in (*Transitions._fields, "episode_ids"):  # Dataset has the same names
-        digest.update(np.ascontiguousarray(getattr(dataset, name)))
-    return digest.hexdigest()
-
-
-def make_config(args: Args, dataset: Dataset, device: torch.device, resumed: dict | None) -> dict:
-    """What config.json records; UserError if a run is resumed with other arguments."""
-    config = asdict(args)
-    config["device"] = device.type
-    config["matmul_precision"] = choose_precision(args.matmul_precision, device, resumed)
-    config["compile"] = choose_compile(args.compile, args.num_updates)
-    config["dataset"] = fingerprint(dataset)
-    # Paths become text: the checkpoint, which this is compared with, can hold no Path.
-    config = json.loads(json.dumps(config, default=str))
-    if resumed:
-        check_same_run(args.run_dir, resumed["config"], config)
-    return config
-
-
-def describe_quality(quality: dict | None) -> str:
-    if quality is None:
-        return "not judged, since no hidden reward is known"
-    means = [f"{name} {np.mean(values):.4g}" for name, values in quality.items()]
-    return ", ".join(means) + " on the hidden rewards"
-
-
-def print_header(dataset: Dataset, labeled: np.ndarray, task: Task, config: dict) -> None:
-    num_rows, num_episodes = len(dataset.rewards), dataset.episode_ids[-1] + 1
-    print(f"dataset       {dataset.name}: {num_rows:,} transitions, {num_episodes:,} episodes")
-    seen = "all" if config["rewards"] == "oracle" else f"{labeled.shape[1]:,} labelled"
-    print(f"rewards       {config['rewards']}, {seen}, {len(labeled)} seed(s)")
-    if task.env_spec is None:
-        low = task.low.astype(float).round(4).tolist()
-        high = task.high.astype(float).round(4).tolist()
-        print(
-            f"evaluation    none (no environment); the log's actions lie between {low} and {high}"
-        )
-    elif task.env_spec.max_episode_steps is None:
-        print(
-            f"evaluation    {task.env_spec.id}, cut after {MAX_STEPS:,} steps: it has no time limit"
-        )
-    else:
-        print(f"evaluation    {task.env_spec.id}")
-    device = f"cpu, {torch.get_num_threads()} threads"
-    if config["device"] == "cuda":
-        device = torch.cuda.get_device_name()
-    how = "compiled" if config["compile"] else "not compiled"
-    print(f"speed         {device}, matmul precision {config['matmul_precision']}, {how}")
-
-
-@contextmanager
-def signals_caught():
-    """A list to which the first Ctrl-C or SIGTERM is appended; a second one ends the process."""
-    stopped = []
-    numbers = (signal.SIGINT, signal.SIGTERM)
-
-    def receive(number, frame):
-        stopped.append(number)
-        for each in numbers:
-            signal.signal(each, signal.SIG_DFL)
-
-    if threading.current_thread() is not threading.main_thread():
-        yield stopped  # only a main thread receives signals
-        return
-    before = [signal.signal(number, receive) for number in numbers]
-    try:
-        yield stopped
-    finally:
-        for number, handler in zip(numbers, before):
-            signal.signal(number, handler)
-
-
-def main(args: Args) -> None:
+def main(args: Args):
     check_arguments(args)
     seeds = range(args.seed, args.seed + args.num_seeds)
-    device = choose_device(args.device)
-    started = time.perf_counter()
+    device = choose_device(args)
 
-    # 1. The transitions, and the few of each seed whose reward may be seen.
+    # 1. The transitions, and the few whose reward each seed may see.
     dataset = load_dataset(args.env_id, args.dataset_path)
-    task = make_task(dataset, args.eval_env_id)
-    labeled = split_labels(dataset.rewards, args.label_fraction, seeds)
-    resumed = read_checkpoint(args.run_dir, device) if args.resume else None
-    config = make_config(args, dataset, device, resumed)
-    if args.resume and (args.run_dir / "result.json").exists():
-        return print(f"{args.run_dir} holds a finished run: see its result.json and scores.csv")
-    print_header(dataset, labeled, task, config)
-    set_speed(config["matmul_precision"], config["compile"])
+    observations, actions = dataset.observations, dataset.actions
+    env_spec, low, high = check_simulator(dataset.simulator, observations, actions)
+    fraction = args.label_fraction
+    if fraction is None:  # the paper's 1% of its datasets, all that is known of your own
+        fraction = 0.01 if args.dataset_path is None and dataset.name in SHA256 else 1.0
+    label_rows = choose_labels(dataset.rewards, fraction, seeds)
+    labels = dataset.rewards[label_rows]  # (seeds, labels)
+    print(f"rewards       {args.rewards}, {labels.shape[1]:,} labels, {len(seeds)} seed(s)")
+    print(f"simulator     {env_spec.id if env_spec else 'none: nothing is evaluated'}")
+    name = f"{dataset.name}__td3bc_imputed__{args.rewards}__{args.seed}"
+    name = f"{name}__{datetime.now():%Y%m%d-%H%M%S-%f}".replace("/", "-").replace(":", "-")
+    run_dir = args.run_dir or Path("runs") / name
+    run_dir.mkdir(parents=True, exist_ok=args.run_dir is not None)
+    print(f"run           {run_dir}")
+    config = make_config(args, dataset, device)
+    resumed = None
+    if args.resume and (run_dir / "checkpoint.pt").exists():
+        resumed = read_checkpoint(run_dir / "checkpoint.pt", config, device)
+        if resumed["updates_done"] >= args.num_updates and (run_dir / "result.json").exists():
+            return print(f"{run_dir} holds a finished run: see its result.json and scores.csv")
 
-    # 2. What stands for the hidden rewards: the reward model's predictions (Eq. 4, Eq. 5).
-    reward_model = imputed = quality = None
-    if args.rewards == "imputed":
-        generators = make_generators(seeds, stream=1)
-        reward_model = RewardModel(dataset, labeled, generators, args).to(device)
+    # 2. What stands for the other rewards: the reward model's predictions (Eq. 4, Eq. 5).
+    generator = torch.Generator(device).manual_seed(args.seed)  # of all that training draws
+    reward_model, predicted, r2 = None, math.nan, []
+    if args.rewards == "imputed" and labels.shape[1] == len(dataset.rewards):
+        print("reward model  none: every reward is known (to hide some: --label-fraction 0.01)")
+    elif args.rewards == "imputed":
+        dim, generators = args.reward_hidden_dim, make_generators(seeds, stream=1)
+        reward_model = RewardModel(observations, actions, labels, dim, generators).to(device)
         if resumed:
             reward_model.load_state_dict(resumed["reward_model"])
         else:
-            fit_reward_model(reward_model, dataset, labeled, generators, args)
-        imputed = impute_rewards(reward_model, dataset, labeled)
-        quality = imputation_quality(imputed, dataset, labeled)
-        print(f"reward model  {args.reward_model}: {describe_quality(quality)}")
-    rewards = agent_rewards(args.rewards, dataset, labeled, imputed)
+            examples = observations[label_rows], actions[label_rows], labels
+            settings = args.reward_epochs, args.reward_learning_rate, args.reward_batch_size
+            fit_reward_model(reward_model, examples, *settings, generator)
+        predicted = predict_rewards(reward_model, observations, actions)
+        r2 = imputation_r2(predicted, dataset.rewards, label_rows)
+    rewards = complete_rewards(args.rewards, dataset.rewards, label_rows, predicted)
     if args.scale_rewards:
-        rewards *= reward_scale(rewards, labeled, dataset, args.rewards == "labeled")
+        rewards *= reward_scale(rewards, label_rows, dataset.episode_ids, args.rewards == "labeled")
 
     # 3. The agent, and the transitions it draws from.
-    data = make_transitions(dataset, rewards, task, device)
+    data = make_transitions(dataset, scale_actions(actions, low, high), rewards, device)
     if args.rewards == "labeled":
-        data = Transitions(*gather(data, torch.from_numpy(labeled).to(device)))
+        data = Transitions(*take_rows(data, torch.from_numpy(label_rows).to(device)))
     agent = Agent(data, make_generators(seeds, stream=2), args)
-    # Draws for all seeds together, so a seed's batches depend on --num-seeds.
-    generator = torch.Generator(device).manual_seed(args.seed)
-    updates_done, scores = 0, []
+    first_update, scores, run_id = 0, [], None
     if resumed:
-        updates_done, scores = restore(resumed, agent, generator)
+        first_update, scores, run_id = map(resumed.get, ("updates_done", "scores", "track_id"))
+        generator.set_state(resumed["generator"].cpu())
+        for name, part in vars(agent).items():
+            part.load_state_dict(resumed["agent"][name])
+    is_compiled = compile_losses(agent, data, args)
+    print(f"speed         {device.type}, {'compiled' if is_compiled else 'not compiled'}")
 
-    # 4. Training. A checkpoint is written before every evaluation; a signal stops training between
-    # two updates. With workers, an evaluation runs during the next updates, collected after them.
-    name = f"{dataset.name}__td3bc_imputed__{args.rewards}__{args.seed}"
-    run_dir = make_run_dir(args.run_dir, name)
-    tracker = start_tracking(run_dir, config, resumed) if args.track else None
-    write_config(run_dir, config, args.resume)
-    is_recorded = args.cuda_graph and device.type == "cuda"
-    steps = repeat(lambda: update(agent, data, generator, args), [generator], is_recorded)
-    progress = tqdm(total=args.num_updates, initial=updates_done, unit="update", disable=None)
-    pending, first_update, ready = [], updates_done, time.perf_counter()
-
-    def updates_per_second() -> float:  # in this process, evaluations included
-        return (updates_done - first_update) / (time.perf_counter() - ready)
-
-    with make_workers(args.eval_workers) as workers, signals_caught() as stopped:
-        for next_evaluation in evaluations_left(args, task, updates_done, scores):
-            while updates_done < next_evaluation and not stopped:
-                losses = next(steps)
-                updates_done += args.policy_freq
-                progress.update(args.policy_freq)
-                if tracker and updates_done % args.log_freq == 0:
-                    log_losses(tracker, updates_done, losses, updates_per_second())
-            # With workers, the evaluation before this one: its scores belong in the checkpoint, and
-            # its policies are about to be overwritten. Without, one that a signal stopped, if any.
-            finish_evaluation(pending, scores, task, run_dir, tracker)
-            paths = write_policies(agent.actor, task, seeds, run_dir)
-            checkpoint = {
-                "config": config,
-                "num_updates": updates_done,
-                "scores": scores,
-                "reward_model": reward_model.state_dict() if reward_model else None,
-                "agent": {name: part.state_dict() for name, part in vars(agent).items()},
-                "generator": generator.get_state(),
-                "track_id": tracker.id if tracker else None,
-            }
-            write_checkpoint(run_dir / "checkpoint.pt", checkpoint)
-            if stopped:  # also if it came in the last round, during an evaluation without workers
-                break
-            pending = start_evaluation(workers, paths, task, updates_done, args, stopped)
-            # Without workers, or after the last update, wait for it now.
-            if args.eval_workers == 0 or updates_done == args.num_updates:
-                finish_evaluation(pending, scores, task, run_dir, tracker)
-    progress.close()
-    if stopped and evaluations_left(args, task, updates_done, scores):
-        leave(stopped[0], updates_done, run_dir, args)
+    # 4. Training, and every eval_freq updates an evaluation and a checkpoint.
+    tracker = start_tracking(run_dir, config, run_id) if args.track else None
+    (run_dir / "config.json").write_text(json.dumps(config, indent=2))
+    play = map
+    if args.eval_workers > 0:
+        os.environ["OMP_NUM_THREADS"] = "1"  # for workers, which read it when they start
+        play = ProcessPoolExecutor(args.eval_workers, get_context("spawn"), init_worker).map
+    header = "update,seed,return,score"
+    metric = "return" if (dataset.ref_min, dataset.ref_max) == (0, 100) else "score"
+    paths = [run_dir / f"policy_seed{seed}.npz" for seed in seeds]
+    step = lambda: update(agent, data, generator, args)
+    started, speed = time.monotonic(), 0.0
+    counts = range(first_update + args.policy_freq, args.num_updates + 1, args.policy_freq)
+    for updates_done in tqdm(counts, unit="update", unit_scale=args.policy_freq, disable=None):
+        losses = step()
+        # After ten real updates, Adam has made its state and the compiler its kernels.
+        is_warm = updates_done == first_update + 10 * args.policy_freq
+        if is_warm and device.type == "cuda" and args.cuda_graph:
+            step = record(step, generator)
+        if updates_done % args.eval_freq != 0 and updates_done != args.num_updates:
+            continue
+        write_policies(agent.actor, observations[:100], low, high, paths, updates_done)
+        metrics = {name: loss.mean().item() for name, loss in losses.items()}
+        text = ""
+        if env_spec:
+            returns, values = evaluate(play, paths, env_spec, dataset, args.eval_episodes)
+            scores += [[updates_done, *row] for row in zip(seeds, returns, values)]
+            np.savetxt(run_dir / "scores.csv", scores, "%.17g", ",", header=header, comments="")
+            metrics[f"charts/{metric}"] = np.mean(values)
+            metrics |= {f"charts/{metric}_seed{seed}": x for seed, x in zip(seeds, values)}
+            text = f"   {metric} {mean_and_std(values)}"
+        if tracker:
+            tracker.log(metrics, step=updates_done)
+        speed = (updates_done - first_update) / (time.monotonic() - started)
+        left = timedelta(seconds=round((args.num_updates - updates_done) / speed))
+        tqdm.write(f"update {updates_done:>9,}{text}   {speed:,.0f} updates/s, {left} left")
+        checkpoint = {
+            "config": config,
+            "updates_done": updates_done,
+            "scores": scores,
+            "reward_model": reward_model.state_dict() if reward_model else None,
+            "agent": {name: part.state_dict() for name, part in vars(agent).items()},
+            "generator": generator.get_state(),
+            "track_id": tracker.id if tracker else None,
+        }
+        with open(run_dir / "checkpoint.tmp", "wb") as file:
+            torch.save(checkpoint, file)
+        os.replace(run_dir / "checkpoint.tmp", run_dir / "checkpoint.pt")  # never half of one
 
     # 5. The result: the last evaluation, never the best.
-    timing = {"preparation_seconds": ready - started, "updates_per_second": updates_per_second()}
-    write_result(run_dir, scores, task, config, quality, timing)
-    if tracker:
-        tracker.finish()
+    result = {"reward_model": {"r2": r2}, "compiled": is_compiled, "updates_per_second": speed}
+    write_result(run_dir, metric, [row[3] for row in scores], len(seeds), result)
 
 
 if __name__ == "__main__":
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # each line at once; ± is no error in any locale
-            stream.reconfigure(line_buffering=True, errors="replace")
+    sys.stdout.reconfigure(line_buffering=True, errors="replace")  # ± is no error in any locale
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # like Ctrl-C
     try:
         main(tyro.cli(Args, description=__doc__))
     except KeyboardInterrupt:
+        print("stopped; to go on, repeat the command with --resume and the --run-dir named above")
         sys.exit(130)
     except (UserError, OSError, ImportError, BrokenExecutor, gym.error.Error) as error:
-        print("error:", " ".join(str(error).split()), file=sys.stderr)
+        print("error:", textwrap.shorten(str(error), 1000), file=sys.stderr)
         sys.exit(2)

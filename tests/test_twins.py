@@ -2,8 +2,11 @@
 
 import ast
 import difflib
+import io
 import re
+import tokenize
 import tomllib
+from collections import Counter
 from itertools import combinations
 from pathlib import Path
 
@@ -15,11 +18,10 @@ SCRIPTS = (*AGENTS, "reward_model.py")
 PAIRS = list(combinations(SCRIPTS, 2))
 # What a script has of its own: what it is called with, and the algorithm.
 OWN = {"docstring", "imports", "Args", "check_arguments", "main", "__main__"}
-OWN |= {"ACTION_BOUND"}
-ALGORITHM = {"Agent", "critic_loss", "actor_loss", "update"}
-ALGORITHM |= {"critic_backward", "actor_backward"}
-IQL_ALONE = {"init_orthogonal", "target_q", "value_loss", "value_backward", "set_actor_rate"}
-MULTIPLES = {"num_updates", "eval_freq", "log_freq"}  # in TD3+BC of its own policy_freq
+ALGORITHM = {"make_transitions", "Agent", "critic_backward", "actor_backward", "update"}
+BY_ALGORITHM = {"compile_losses", "MAY_CHANGE"}  # IQL's rate depends on the number of updates
+IQL_ALONE = {"StateMLP", "init_orthogonal", "target_q", "value_backward", "set_actor_rate"}
+LINES = {"td3bc_imputed.py": 985, "iql_imputed.py": 1_030, "reward_model.py": 1_005}
 
 
 def read(script):
@@ -32,6 +34,8 @@ def name_of(node):
             return node.name
         case ast.Assign(targets=[target]) | ast.AugAssign(target=target):
             return ast.unparse(target)
+        case ast.Expr(value=ast.Call(func=function)):
+            return ast.unparse(function)
         case ast.Import() | ast.ImportFrom():
             return "imports"
         case ast.If():
@@ -71,8 +75,8 @@ def differing_lines(first, second):
 @pytest.mark.parametrize("pair", PAIRS, ids=" ".join)
 def test_what_two_scripts_share_is_the_same_text_under_the_same_heading(pair):
     first, second = map(blocks_of, pair)
-    shared = first.keys() & second.keys() - OWN - ALGORITHM
-    assert len(shared) > 30
+    shared = first.keys() & second.keys() - OWN - ALGORITHM - BY_ALGORITHM
+    assert len(shared) > 25
     for name in shared:
         assert first[name] == second[name], f"{name} differs between {pair}"
 
@@ -95,17 +99,9 @@ def test_the_agents_share_everything_but_the_algorithm():
 
 def test_main_differs_only_where_it_calls_the_algorithm():
     td3bc, iql = (blocks_of(script)["main"][1] for script in AGENTS)
-    calls = r"__(td3bc|iql)_imputed__|set_actor_rate|updates_done \+=|progress\.update"
+    calls = r"_imputed__|set_actor_rate|policy_freq|first_update \+ 1|tqdm\("
     for line in differing_lines(td3bc, iql):
         assert re.search(calls, line), line
-
-
-def test_arguments_of_both_agents_are_checked_alike():
-    td3bc, iql = (blocks_of(script)["check_arguments"][1] for script in AGENTS)
-    shared = fields_of(AGENTS[0]).keys() & fields_of(AGENTS[1]).keys()
-    for line in differing_lines(td3bc, iql):
-        checked = set(re.findall(r"args\.(\w+)", line)) - MULTIPLES
-        assert not checked & shared, line
 
 
 def test_a_diff_of_the_agents_shows_the_algorithms_in_at_most_200_lines():
@@ -128,23 +124,23 @@ def test_headings_are_of_one_style_and_none_stands_twice(script):
 
 def test_the_science_comes_first_and_only_its_heading_differs():
     td3bc, iql = map(headings_of, AGENTS)
-    assert td3bc[:3] == iql[:3] == headings_of("reward_model.py")[:3]
+    assert td3bc[:2] == iql[:2] == headings_of("reward_model.py")[:2]
     assert td3bc[1].startswith("# --- Reward model ")
-    assert td3bc[3].startswith("# --- TD3+BC ")
-    assert iql[3].startswith("# --- IQL ")
-    assert td3bc[4:] == iql[4:]
+    assert td3bc[2].startswith("# --- TD3+BC ")
+    assert iql[2].startswith("# --- IQL ")
+    assert td3bc[3:] == iql[3:]
     for script in SCRIPTS:
         before = read(script).split(td3bc[0])[0]
-        assert len(before.splitlines()) < 130, "the science begins late"
+        assert len(before.splitlines()) < 120, "the science begins late"
 
 
 # --- Arguments ---
 def fields_of(script):
-    """The text of each argument, with the comments above it."""
+    """The text of each argument, with the comments above it but for headings."""
     (args,) = (node for node in ast.parse(read(script)).body if name_of(node) == "Args")
     lines, fields, start = read(script).splitlines(), {}, args.lineno
     for node in args.body:
-        text = "\n".join(lines[start : node.end_lineno]).split("\n\n")[-1]  # without its group's
+        text = [line for line in lines[start : node.end_lineno] if "# --- " not in line and line]
         fields[node.target.id] = text
         start = node.end_lineno
     return fields
@@ -169,3 +165,32 @@ def test_a_script_begins_with_its_licence_and_the_requirements(script):
     block = re.search(r"^# /// script\n(.*?)^# ///$", text, re.MULTILINE | re.DOTALL)[1]
     metadata = tomllib.loads(re.sub("^#", "", block, flags=re.MULTILINE))
     assert metadata["dependencies"] == (ROOT / "requirements.txt").read_text().split()
+
+
+# --- The budget: what comes in takes as much out ---
+def code_tokens(script):
+    """Number of tokens on each line of code; a string, formatted or not, is one."""
+    notes = {"COMMENT", "NL", "NEWLINE", "INDENT", "DEDENT", "ENDMARKER"}
+    counts, depth = Counter(), 0
+    for token in tokenize.generate_tokens(io.StringIO(read(script)).readline):
+        kind = tokenize.tok_name[token.type]
+        depth -= kind == "FSTRING_END"  # from Python 3.12 on, what a string formats is tokens, too
+        if depth == 0 and kind not in notes | {"FSTRING_END"}:
+            counts[token.start[0]] += 1
+        depth += kind == "FSTRING_START"
+    return counts
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_script_stays_as_short_and_as_plain_as_it_is(script):
+    rule = f"{script}: what comes in takes as much out"
+    lines = read(script).splitlines()
+    assert len(lines) <= LINES[script], rule
+    tokens = code_tokens(script)
+    assert sum(tokens.values()) / len(tokens) < 10.65, f"{rule}, and is not packed"
+    wide = [line for line in lines if len(line) > 100 and not re.search("[0-9a-f]{64}", line)]
+    assert len(wide) <= 2, rule
+    for node in ast.walk(ast.parse(read(script))):
+        if isinstance(node, ast.FunctionDef):
+            limit = 115 if node.name == "main" else 60
+            assert node.end_lineno - node.lineno < limit, f"{rule}: {node.name} is too long"
