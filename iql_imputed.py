@@ -188,7 +188,7 @@ def draw_batch(tensors, batch_size: int, generator) -> list:
 
 
 # --- Reward model (Romeo & Bagdanov 2024) ---
-def choose_labels(rewards: np.ndarray, fraction: float, seeds: range) -> np.ndarray:
+def choose_labels(rewards, fraction, seeds) -> np.ndarray:
     """Draw the transitions whose reward each seed may see: their row numbers, (seeds, labels)."""
     known = np.flatnonzero(~np.isnan(rewards))
     require(len(known) > 0, "no transition has a label: every reward is NaN")
@@ -503,7 +503,7 @@ D4RL_URLS = [
 ]
 
 
-def load_dataset(env_id: str | None = None, dataset_path: Path | None = None) -> Dataset:
+def load_dataset(env_id=None, dataset_path=None) -> Dataset:
     """A D4RL, Minari, bundled or local HDF5 dataset; UserError if it cannot be trained on."""
     if env_id is None and dataset_path is None:
         env_id = BUNDLED
@@ -518,7 +518,7 @@ def load_dataset(env_id: str | None = None, dataset_path: Path | None = None) ->
     d4rl_task = str(env_id).split("-")[0]  # also of your own file
     if d4rl_task in D4RL_TASKS and env_id not in gym.registry:
         task = D4RL_TASKS[d4rl_task]
-    rewards = columns["rewards"]
+    rewards = columns["rewards"] = np.float64(columns["rewards"])
     require(len(rewards) > 0, f"{name} has no transitions")
     require(len(set(map(len, columns.values()))) == 1, f"{name} has columns of different lengths")
     for key in ("observations", "actions", "next_observations"):
@@ -598,7 +598,7 @@ def read_columns(path: Path) -> dict:
     return arrays
 
 
-def to_float32(name: str, array: np.ndarray) -> np.ndarray:
+def to_float32(name, array) -> np.ndarray:
     """For the networks. Says where that loses information, or a sensor's glitch will."""
     require(array.ndim == 2, f"has {name} of shape {array.shape}, not vectors")
     for j, column in enumerate(array.T if len(array) > 0 else []):
@@ -612,23 +612,23 @@ def to_float32(name: str, array: np.ndarray) -> np.ndarray:
     return array.astype(np.float32)
 
 
-def find_transitions(arrays: dict, follow_d4rl: bool) -> tuple:
+def find_transitions(arrays, follow_d4rl) -> tuple:
     """Of each row: is its next observation known, what is it, does an episode end there."""
     observations, terminals = arrays["observations"], arrays["terminals"] == 1
     following = np.roll(observations, -1, axis=0)  # the next row's; after the last row, the first
     if follow_d4rl or "next_observations" not in arrays:
-        # A terminal row's next observation counts for nothing; do not take another episode's.
-        next_observations = np.where(terminals[:, None], observations, following)
-        has_own_next = np.zeros_like(terminals)
+        next_observations, has_own_next = following, np.zeros_like(terminals)
     else:
         next_observations = arrays["next_observations"]
-        require(next_observations.shape == observations.shape, "has odd next_observations")
+        require(next_observations.shape == observations.shape, "has misshapen next_observations")
         has_own_next = (next_observations != following).any(axis=1)
+    # A terminal row's next observation counts for nothing; do not take another episode's.
+    is_foreign = (terminals & ~has_own_next)[:, None]
+    next_observations = np.where(is_foreign, observations, next_observations)
     timeouts = arrays.get("timeouts", has_own_next) == 1
     ends = terminals | timeouts
-    require(
-        "timeouts" in arrays or ends[-1:].all(), "has no timeouts: 1 where an episode is cut off"
-    )
+    has_ends = "timeouts" in arrays or ends[-1:].all()
+    require(has_ends, "has no column timeouts: 1 where an episode was cut off, else 0")
     # After a cut comes another episode, whatever an environment that resets itself logged as next.
     is_last = np.arange(len(timeouts)) == len(timeouts) - 1
     is_kept = has_own_next | ~(timeouts | is_last)
@@ -654,10 +654,10 @@ def load_minari(env_id: str) -> tuple:
         }
         columns = {name: to_float32(name, np.concatenate(x)) for name, x in columns.items()}
         for name, parts in {"rewards": "rewards", "terminals": "terminations"}.items():
-            columns[name] = np.concatenate([np.float64(getattr(e, parts)) for e in episodes])
+            columns[name] = np.concatenate([np.ravel(getattr(e, parts)) for e in episodes])
     except Exception as error:  # no network, damaged files: Minari has no common error for them
-        others = f"Gymnasium's (they need --dataset-path) nor of {', '.join(SHA256)}"
-        raise UserError(f"--env-id {env_id}: {error}; nor is it one of {others}") from error
+        others = f"{', '.join(SHA256)}; a Gymnasium id needs --dataset-path"
+        raise UserError(f"no dataset {env_id}: {error} (beside Minari's: {others})") from error
     columns["episode_ids"] = np.repeat(np.arange(len(episodes)), [len(e.actions) for e in episodes])
     task = {"simulator": dataset if dataset.env_spec else None}
     for name, unknown in (("ref_min", 0.0), ("ref_max", 100.0)):
@@ -681,7 +681,7 @@ def check_simulator(simulator, observations, actions) -> tuple:
         observation, reward, _, _, _ = env.step(env.action_space.sample())
         float(reward)
     except Exception as error:  # a user's environment may raise anything
-        raise UserError(f"the simulator {simulator} fails: {error!r}") from error
+        raise UserError(f"the simulator fails: {error!r}") from error
     name, space = env.spec.id, env.action_space
     fits = np.shape(observation) == observations.shape[1:] and space.shape == actions.shape[1:]
     require(fits, f"the observations or actions of {name} have another shape than the dataset's")
@@ -779,7 +779,7 @@ def read_checkpoint(path: Path, config: dict, device) -> dict:
         state = torch.load(path, map_location=device, weights_only=True)
         before = state["config"]
     except Exception as error:  # of whatever kind: the file is at fault
-        raise UserError(f"{path} is not readable ({error}): delete it to start anew") from error
+        raise UserError(f"cannot read {path}, delete it to start anew: {error}") from error
     for name in config.keys() - MAY_CHANGE:
         old, new = before.get(name), config[name]
         require(old == new, f"{path} was made with another {name}: {old}, now {new}")
