@@ -59,7 +59,7 @@ from tqdm import tqdm
 class Args:
     # --- Data
     env_id: str | None = None  # a D4RL name or a Minari id (none: the bundled dataset)
-    dataset_path: Path | None = None  # a D4RL-schema HDF5 file; env_id: its simulator in Gymnasium
+    dataset_path: Path | None = None  # a D4RL-schema HDF5 file; env_id then names its simulator
     # --- Rewards
 
     # imputed: rewards without a label are predicted; labeled: the agent sees only what has a label;
@@ -68,7 +68,7 @@ class Args:
     label_fraction: float | None = None  # share of known rewards used (0.01; of your own data, 1)
     scale_rewards: bool = True  # multiply by 1000 / (range of episode returns), as the original
     reward_hidden_dim: int = 256  # width of the reward model's two hidden layers
-    reward_epochs: int = 300  # passes over the labels in the reward model's fit
+    reward_epochs: int = 300  # draws of each label in the reward model's fit, about
     reward_learning_rate: float = 1e-4  # Adam's, for the reward model
     reward_batch_size: int = 64  # labels in a batch
     # --- IQL
@@ -297,8 +297,10 @@ def reward_scale(rewards, label_rows, episode_ids, labeled_only: bool) -> np.nda
     for seed_rewards, rows in zip(rewards, label_rows):
         if labeled_only:  # estimated: the mean of an episode's labels times its length
             ids = episode_ids[rows]
-            episodes, ids, counts = np.unique(ids, return_inverse=True, return_counts=True)
-            returns = np.bincount(ids, seed_rewards[rows]) / counts * lengths[episodes]
+            counts = np.bincount(ids, minlength=len(lengths))
+            sums = np.bincount(ids, weights=seed_rewards[rows], minlength=len(lengths))
+            seen = counts > 0
+            returns = sums[seen] / counts[seen] * lengths[seen]
         else:
             returns = np.bincount(episode_ids, weights=seed_rewards)
         differ = np.ptp(returns) > 1e-6 * np.abs(returns).max()
@@ -320,12 +322,14 @@ class Transitions(NamedTuple):
 
 def make_transitions(dataset: Dataset, scaled_actions, rewards, device) -> Transitions:
     """All of them, for each seed, with actions scaled to [-1, 1] and rewards (seeds, N)."""
-    arrays = [dataset.observations, scaled_actions.clip(-1 + 1e-5, 1 - 1e-5)]
-    arrays += [dataset.next_observations, np.float32(dataset.terminals)]
-    tensors = [torch.from_numpy(x).to(device).expand(len(rewards), *x.shape) for x in arrays]
-    observations, actions, next_observations, terminals = tensors  # views, no copies
-    rewards = torch.from_numpy(rewards).to(observations)
-    return Transitions(observations, actions, rewards, next_observations, terminals)
+    share = lambda x: torch.from_numpy(x).to(device).expand(len(rewards), *x.shape)  # no copies
+    return Transitions(
+        observations=share(dataset.observations),
+        actions=share(scaled_actions.clip(-1 + 1e-5, 1 - 1e-5)),
+        rewards=torch.from_numpy(rewards).float().to(device),
+        next_observations=share(dataset.next_observations),
+        terminals=share(np.float32(dataset.terminals)),
+    )
 
 
 def scale_actions(actions, low, high) -> np.ndarray:
@@ -380,10 +384,8 @@ class Agent:
         self.value_optimizer = torch.optim.Adam(self.value.parameters(), **settings)
         settings["lr"] = torch.tensor(args.learning_rate, device=device)  # see set_actor_rate()
         self.actor_optimizer = torch.optim.Adam(self.actor.parameters(), **settings)
-
-    def __setattr__(self, name: str, part) -> None:
-        assert hasattr(part, "state_dict"), f"a checkpoint cannot hold Agent.{name}: no state_dict"
-        super().__setattr__(name, part)
+        for name, part in vars(self).items():
+            assert hasattr(part, "state_dict"), f"a checkpoint cannot hold Agent.{name}"
 
 
 def init_orthogonal(network, generators):
@@ -404,7 +406,7 @@ def target_q(agent: Agent, batch: Transitions) -> torch.Tensor:
 
 # A loss and its backward() are one function, so that compile_losses() can compile both together.
 def value_backward(agent: Agent, batch, q, args: Args):
-    """Eq. 5 of IQL, expectile regression of V(s) on target_q(), (seeds,), and its gradients.
+    """IQL's Eq. 5, expectile regression of V(s) on target_q(), (seeds,), and its gradients.
 
     A squared error has weight `expectile` where Q > V, and 1 - `expectile` elsewhere."""
     advantage = q - agent.value(batch.observations)
@@ -415,7 +417,7 @@ def value_backward(agent: Agent, batch, q, args: Args):
 
 
 def actor_backward(agent: Agent, batch, q, args: Args):
-    """Eq. 7 of IQL, cloning with the weight exp(temperature * advantage), and its gradients."""
+    """IQL's Eq. 7, cloning with the weight exp(temperature * advantage), and its gradients."""
     with torch.no_grad():
         advantage = q - agent.value(batch.observations)
         weight = torch.exp(args.temperature * advantage).clamp(max=100)  # as in the original
@@ -429,7 +431,7 @@ def actor_backward(agent: Agent, batch, q, args: Args):
 
 
 def critic_backward(agent: Agent, batch, args: Args):
-    """Eq. 6 of IQL, regression of both critics on r + gamma V(s'), and its gradients."""
+    """IQL's Eq. 6, regression of both critics on r + gamma V(s'), and its gradients."""
     with torch.no_grad():
         next_value = agent.value(batch.next_observations)
         target = batch.rewards + args.gamma * (1 - batch.terminals) * next_value
@@ -505,20 +507,19 @@ D4RL_URLS = [
 
 def load_dataset(env_id=None, dataset_path=None) -> Dataset:
     """A D4RL, Minari, bundled or local HDF5 dataset; UserError if it cannot be trained on."""
-    if env_id is None and dataset_path is None:
-        env_id = BUNDLED
-    name = Path(dataset_path).stem if dataset_path else env_id
+    name = Path(dataset_path).stem if dataset_path else env_id or BUNDLED
     if dataset_path:
         columns = read_hdf5(Path(dataset_path), follow_d4rl=False)
         task = {"simulator": env_id, "ref_min": 0.0, "ref_max": 100.0}
-    elif env_id in SHA256:
-        columns = read_hdf5(find_file(env_id), follow_d4rl=True)
+        prefix = str(env_id).split("-")[0]
+        if prefix in D4RL_TASKS and env_id not in gym.registry:
+            task = D4RL_TASKS[prefix]
+    elif name in SHA256:
+        columns = read_hdf5(find_file(name), follow_d4rl=True)
+        task = D4RL_TASKS[name.split("-")[0]]
     else:
-        columns, task = load_minari(env_id)
-    d4rl_task = str(env_id).split("-")[0]  # also of your own file
-    if d4rl_task in D4RL_TASKS and env_id not in gym.registry:
-        task = D4RL_TASKS[d4rl_task]
-    rewards = columns["rewards"] = np.float64(columns["rewards"])
+        columns, task = load_minari(name)
+    rewards = columns["rewards"]
     require(len(rewards) > 0, f"{name} has no transitions")
     require(len(set(map(len, columns.values()))) == 1, f"{name} has columns of different lengths")
     for key in ("observations", "actions", "next_observations"):
@@ -616,12 +617,10 @@ def find_transitions(arrays, follow_d4rl) -> tuple:
     """Of each row: is its next observation known, what is it, does an episode end there."""
     observations, terminals = arrays["observations"], arrays["terminals"] == 1
     following = np.roll(observations, -1, axis=0)  # the next row's; after the last row, the first
-    if follow_d4rl or "next_observations" not in arrays:
-        next_observations, has_own_next = following, np.zeros_like(terminals)
-    else:
-        next_observations = arrays["next_observations"]
-        require(next_observations.shape == observations.shape, "has misshapen next_observations")
-        has_own_next = (next_observations != following).any(axis=1)
+    is_given = "next_observations" in arrays and not follow_d4rl
+    next_observations = arrays["next_observations"] if is_given else following
+    require(next_observations.shape == observations.shape, "has misshapen next_observations")
+    has_own_next = (next_observations != following).any(axis=1) & is_given
     # A terminal row's next observation counts for nothing; do not take another episode's.
     is_foreign = (terminals & ~has_own_next)[:, None]
     next_observations = np.where(is_foreign, observations, next_observations)
@@ -630,8 +629,8 @@ def find_transitions(arrays, follow_d4rl) -> tuple:
     has_ends = "timeouts" in arrays or ends[-1:].all()
     require(has_ends, "has no column timeouts: 1 where an episode was cut off, else 0")
     # After a cut comes another episode, whatever an environment that resets itself logged as next.
-    is_last = np.arange(len(timeouts)) == len(timeouts) - 1
-    is_kept = has_own_next | ~(timeouts | is_last)
+    timeouts[-1:] = True
+    is_kept = has_own_next | ~timeouts
     if not follow_d4rl:  # published scores go without these rows
         is_kept |= terminals
     if np.count_nonzero(has_own_next & ~terminals) > len(has_own_next) / 2:
@@ -654,7 +653,8 @@ def load_minari(env_id: str) -> tuple:
         }
         columns = {name: to_float32(name, np.concatenate(x)) for name, x in columns.items()}
         for name, parts in {"rewards": "rewards", "terminals": "terminations"}.items():
-            columns[name] = np.concatenate([np.ravel(getattr(e, parts)) for e in episodes])
+            column = np.concatenate([np.ravel(getattr(e, parts)) for e in episodes])
+            columns[name] = column.astype(np.float64)
     except Exception as error:  # no network, damaged files: Minari has no common error for them
         others = f"{', '.join(SHA256)}; a Gymnasium id needs --dataset-path"
         raise UserError(f"no dataset {env_id}: {error} (beside Minari's: {others})") from error
@@ -830,8 +830,7 @@ def choose_device(args: Args) -> torch.device:
             require(args.device == "auto", f"--device cuda does not work: {error}")
             warn(f"the GPU does not work, going on without: {error}")
     # On x86, medium takes oneDNN, often the faster library, and is float32 unless there is AMX.
-    has_amx = torch.cpu.get_capabilities().get("amx_bf16", True)  # not known beside x86
-    if device.type == "cpu" and not has_amx:
+    if device.type == "cpu" and torch.cpu.get_capabilities().get("amx_bf16") is False:
         torch.set_float32_matmul_precision("medium")
     return device
 
@@ -930,7 +929,7 @@ def main(args: Args):
 
     # 2. What stands for the other rewards: the reward model's predictions (Eq. 4, Eq. 5).
     generator = torch.Generator(device).manual_seed(args.seed)  # of all that training draws
-    reward_model, predicted, r2 = None, math.nan, []
+    reward_model, predicted, r2 = None, dataset.rewards, []
     if args.rewards == "imputed" and labels.shape[1] == len(dataset.rewards):
         print("reward model  none: every reward is known (to hide some: --label-fraction 0.01)")
     elif args.rewards == "imputed":
@@ -955,7 +954,8 @@ def main(args: Args):
     agent = Agent(data, make_generators(seeds, stream=2), args)
     first_update, scores, run_id = 0, [], None
     if resumed:
-        first_update, scores, run_id = map(resumed.get, ("updates_done", "scores", "track_id"))
+        first_update, scores = resumed["updates_done"], resumed["scores"]
+        run_id = resumed["track_id"]
         generator.set_state(resumed["generator"].cpu())
         for name, part in vars(agent).items():
             part.load_state_dict(resumed["agent"][name])

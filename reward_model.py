@@ -61,13 +61,13 @@ from tqdm import tqdm
 class Args:
     # --- Data
     env_id: str | None = None  # a D4RL name or a Minari id (none: the bundled dataset)
-    dataset_path: Path | None = None  # a D4RL-schema HDF5 file; env_id: its simulator in Gymnasium
+    dataset_path: Path | None = None  # a D4RL-schema HDF5 file; env_id then names its simulator
 
     # --- Rewards
     label_fraction: float | None = None  # share of known rewards used (0.01; of your own data, 1)
     reward_model: Literal["mlp", "gp"] = "mlp"  # mlp: the paper's; gp: Gaussian process, few labels
     reward_hidden_dim: int = 256  # width of the reward model's two hidden layers
-    reward_epochs: int = 300  # passes over the labels in the reward model's fit
+    reward_epochs: int = 300  # draws of each label in the reward model's fit, about
     reward_learning_rate: float = 1e-4  # Adam's, for the reward model
     reward_batch_size: int = 64  # labels in a batch
     sweep: bool = False  # judge the models on 10, 30, 100, ... of the labels, too
@@ -436,7 +436,8 @@ def measure(predictions, dataset) -> dict:
         completed = np.where(is_judged, predicted, rewards)
         imputed_returns = np.bincount(episode_ids, weights=completed)
         with np.errstate(divide="ignore", invalid="ignore"):  # rewards or returns that are equal
-            quality["r2"].append(1 - np.mean(error**2) / np.var(true))
+            mse = np.mean(error**2)
+            quality["r2"].append(1 - mse / np.var(true))
             quality["mae"].append(np.mean(np.abs(error)))
             if np.count_nonzero(whole) > 1:
                 correlation = np.corrcoef(returns[whole], imputed_returns[whole])[0, 1]
@@ -561,20 +562,19 @@ D4RL_URLS = [
 
 def load_dataset(env_id=None, dataset_path=None) -> Dataset:
     """A D4RL, Minari, bundled or local HDF5 dataset; UserError if it cannot be trained on."""
-    if env_id is None and dataset_path is None:
-        env_id = BUNDLED
-    name = Path(dataset_path).stem if dataset_path else env_id
+    name = Path(dataset_path).stem if dataset_path else env_id or BUNDLED
     if dataset_path:
         columns = read_hdf5(Path(dataset_path), follow_d4rl=False)
         task = {"simulator": env_id, "ref_min": 0.0, "ref_max": 100.0}
-    elif env_id in SHA256:
-        columns = read_hdf5(find_file(env_id), follow_d4rl=True)
+        prefix = str(env_id).split("-")[0]
+        if prefix in D4RL_TASKS and env_id not in gym.registry:
+            task = D4RL_TASKS[prefix]
+    elif name in SHA256:
+        columns = read_hdf5(find_file(name), follow_d4rl=True)
+        task = D4RL_TASKS[name.split("-")[0]]
     else:
-        columns, task = load_minari(env_id)
-    d4rl_task = str(env_id).split("-")[0]  # also of your own file
-    if d4rl_task in D4RL_TASKS and env_id not in gym.registry:
-        task = D4RL_TASKS[d4rl_task]
-    rewards = columns["rewards"] = np.float64(columns["rewards"])
+        columns, task = load_minari(name)
+    rewards = columns["rewards"]
     require(len(rewards) > 0, f"{name} has no transitions")
     require(len(set(map(len, columns.values()))) == 1, f"{name} has columns of different lengths")
     for key in ("observations", "actions", "next_observations"):
@@ -672,12 +672,10 @@ def find_transitions(arrays, follow_d4rl) -> tuple:
     """Of each row: is its next observation known, what is it, does an episode end there."""
     observations, terminals = arrays["observations"], arrays["terminals"] == 1
     following = np.roll(observations, -1, axis=0)  # the next row's; after the last row, the first
-    if follow_d4rl or "next_observations" not in arrays:
-        next_observations, has_own_next = following, np.zeros_like(terminals)
-    else:
-        next_observations = arrays["next_observations"]
-        require(next_observations.shape == observations.shape, "has misshapen next_observations")
-        has_own_next = (next_observations != following).any(axis=1)
+    is_given = "next_observations" in arrays and not follow_d4rl
+    next_observations = arrays["next_observations"] if is_given else following
+    require(next_observations.shape == observations.shape, "has misshapen next_observations")
+    has_own_next = (next_observations != following).any(axis=1) & is_given
     # A terminal row's next observation counts for nothing; do not take another episode's.
     is_foreign = (terminals & ~has_own_next)[:, None]
     next_observations = np.where(is_foreign, observations, next_observations)
@@ -686,8 +684,8 @@ def find_transitions(arrays, follow_d4rl) -> tuple:
     has_ends = "timeouts" in arrays or ends[-1:].all()
     require(has_ends, "has no column timeouts: 1 where an episode was cut off, else 0")
     # After a cut comes another episode, whatever an environment that resets itself logged as next.
-    is_last = np.arange(len(timeouts)) == len(timeouts) - 1
-    is_kept = has_own_next | ~(timeouts | is_last)
+    timeouts[-1:] = True
+    is_kept = has_own_next | ~timeouts
     if not follow_d4rl:  # published scores go without these rows
         is_kept |= terminals
     if np.count_nonzero(has_own_next & ~terminals) > len(has_own_next) / 2:
@@ -710,7 +708,8 @@ def load_minari(env_id: str) -> tuple:
         }
         columns = {name: to_float32(name, np.concatenate(x)) for name, x in columns.items()}
         for name, parts in {"rewards": "rewards", "terminals": "terminations"}.items():
-            columns[name] = np.concatenate([np.ravel(getattr(e, parts)) for e in episodes])
+            column = np.concatenate([np.ravel(getattr(e, parts)) for e in episodes])
+            columns[name] = column.astype(np.float64)
     except Exception as error:  # no network, damaged files: Minari has no common error for them
         others = f"{', '.join(SHA256)}; a Gymnasium id needs --dataset-path"
         raise UserError(f"no dataset {env_id}: {error} (beside Minari's: {others})") from error
@@ -881,8 +880,7 @@ def choose_device(args: Args) -> torch.device:
             require(args.device == "auto", f"--device cuda does not work: {error}")
             warn(f"the GPU does not work, going on without: {error}")
     # On x86, medium takes oneDNN, often the faster library, and is float32 unless there is AMX.
-    has_amx = torch.cpu.get_capabilities().get("amx_bf16", True)  # not known beside x86
-    if device.type == "cpu" and not has_amx:
+    if device.type == "cpu" and torch.cpu.get_capabilities().get("amx_bf16") is False:
         torch.set_float32_matmul_precision("medium")
     return device
 
@@ -984,7 +982,8 @@ def main(args: Args):
     draw_returns(panels[1, 0], dataset, rewards)
     draw_models(panels[1, 1], table, judged)
     figure.savefig(run_dir / "report.png", dpi=150)
-    (run_dir / "config.json").write_text(json.dumps(vars(args), default=str, indent=2))
+    config = json.dumps(vars(args), default=str, indent=2)
+    (run_dir / "config.json").write_text(config)
     result = {"num_labels": num_labels, "judged_on": judged, "quality": quality}
     result |= {"inside_2_std": calibration, "table": table}
     result["versions"] = {m.__name__: m.__version__ for m in (torch, np, gym, minari)}
