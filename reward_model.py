@@ -562,8 +562,9 @@ D4RL_URLS = [
 
 def load_dataset(env_id=None, dataset_path=None) -> Dataset:
     """A D4RL, Minari, bundled or local HDF5 dataset; UserError if it cannot be trained on."""
-    name = Path(dataset_path).stem if dataset_path else env_id or BUNDLED
+    name = BUNDLED if env_id is None else env_id
     if dataset_path:
+        name = Path(dataset_path).stem
         columns = read_hdf5(Path(dataset_path), follow_d4rl=False)
         task = {"simulator": env_id, "ref_min": 0.0, "ref_max": 100.0}
         prefix = str(env_id).split("-")[0]

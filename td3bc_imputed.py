@@ -464,8 +464,9 @@ D4RL_URLS = [
 
 def load_dataset(env_id=None, dataset_path=None) -> Dataset:
     """A D4RL, Minari, bundled or local HDF5 dataset; UserError if it cannot be trained on."""
-    name = Path(dataset_path).stem if dataset_path else env_id or BUNDLED
+    name = BUNDLED if env_id is None else env_id
     if dataset_path:
+        name = Path(dataset_path).stem
         columns = read_hdf5(Path(dataset_path), follow_d4rl=False)
         task = {"simulator": env_id, "ref_min": 0.0, "ref_max": 100.0}
         prefix = str(env_id).split("-")[0]
@@ -908,10 +909,9 @@ def main(args: Args):
     if args.rewards == "labeled":
         data = Transitions(*take_rows(data, torch.from_numpy(label_rows).to(device)))
     agent = Agent(data, make_generators(seeds, stream=2), args)
-    first_update, scores, run_id = 0, [], None
+    state = resumed or {"updates_done": 0, "scores": [], "track_id": None}
+    first_update, scores = state["updates_done"], state["scores"]
     if resumed:
-        first_update, scores = resumed["updates_done"], resumed["scores"]
-        run_id = resumed["track_id"]
         generator.set_state(resumed["generator"].cpu())
         for name, part in vars(agent).items():
             part.load_state_dict(resumed["agent"][name])
@@ -919,7 +919,7 @@ def main(args: Args):
     print(f"speed         {device.type}, {'compiled' if is_compiled else 'not compiled'}")
 
     # 4. Training, and every eval_freq updates an evaluation and a checkpoint.
-    tracker = start_tracking(run_dir, config, run_id) if args.track else None
+    tracker = start_tracking(run_dir, config, state["track_id"]) if args.track else None
     (run_dir / "config.json").write_text(json.dumps(config, indent=2))
     play = map
     if args.eval_workers > 0:
