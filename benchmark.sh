@@ -15,9 +15,10 @@
 #   figure2    2 of these datasets: their 14 runs of table1, and 4 more with 5% labeled: 18 runs
 #   controls   all 9 with every hidden reward set to zero or to the mean of the labels, and with all
 #              and with imputed rewards to compare: 72 runs, 36 of them table1's
-#   labels     the 2 of figure2: TD3+BC with rewards imputed from few to many labels, by the paper's
-#              reward model and by the Gaussian process (not in the paper): 22 runs; its report
-#              draws labels.png
+#   labels     the 2 of figure2: how good are rewards imputed from few to many labels, by the
+#              paper's reward model and by a Gaussian process (not in the paper), and TD3+BC with
+#              them? 64 runs, many of one seed: of each, the process completes a dataset, which
+#              stays in its folder as full.hdf5; the report draws labels.png
 #   bundled    table1 on the bundled dataset with 3 seeds and 10,000 updates, half an hour on two
 #              cores: 7 runs
 #
@@ -30,7 +31,7 @@
 #   UPDATES    updates of each run (1000000; bundled: 10000)
 #   FRACTIONS  of labelled transitions, for the target labels (0.00003 0.0001 0.0003 0.001 0.01);
 #              0.00005 0.00015 0.0005 0.0015 0.005 are 10 to 1,000 labels of 200,000 transitions
-#   OPTIONS    more options for every run, such as --eval-workers 8
+#   OPTIONS    more options for every agent, such as --eval-workers 8
 #   RUNS       where the run directories are (runs/benchmark, beside this script)
 #   PYTHON     (python); may be several words, such as
 #              "uv run --with-requirements requirements.txt python"
@@ -56,7 +57,7 @@ cores=${SLURM_CPUS_PER_TASK:-$(getconf _NPROCESSORS_ONLN)}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(((cores + jobs - 1) / jobs))}
 
 # Datasets, and settings: algorithm, rewards, fraction of labels.
-seeds=5 updates=1000000 more=""
+seeds=${SEEDS:-5} updates=${UPDATES:-1000000} more=""
 read -ra fractions <<<"${FRACTIONS:-0.00003 0.0001 0.0003 0.001 0.01}"
 datasets=({halfcheetah,hopper,walker2d}-medium{,-replay,-expert}-v2)
 two_datasets=(walker2d-medium-replay-v2 halfcheetah-medium-expert-v2)
@@ -68,13 +69,18 @@ case $target in
         settings+=("bc oracle 1") ;;
     controls) settings=({td3bc,iql}" "{"oracle 1","imputed 0.01","zero 0.01","mean 0.01"}) ;;
     labels)
-        datasets=("${two_datasets[@]}") settings=("td3bc oracle 1")
+        largest=$(printf "%s\n" "${fractions[@]}" | LC_ALL=C sort -g | tail -n 1)
+        datasets=("${two_datasets[@]}")
+        settings=("reward_model sweep $largest" "td3bc oracle 1")
         for fraction in "${fractions[@]}"; do
-            settings+=("td3bc imputed $fraction" "td3bc imputed-gp $fraction")
+            settings+=("td3bc imputed $fraction")
+            for ((seed = 0; seed < seeds; seed++)); do
+                settings+=("td3bc imputed-gp $fraction/seed$seed")
+            done
         done ;;
     bundled)
         datasets=(halfcheetah-medium-replay-mini)
-        seeds=3 updates=10000 more=" --eval-freq 1000" ;;
+        seeds=${SEEDS:-3} updates=${UPDATES:-10000} more=" --eval-freq 1000" ;;
 esac
 if [[ -n ${DATASETS:-} ]]; then
     datasets=()
@@ -94,18 +100,42 @@ commands() {
     for setting in "${settings[@]}"; do
         for dataset in "${datasets[@]}"; do
             read -r algorithm rewards fraction <<<"$setting"
-            script=${algorithm/#bc/td3bc}_imputed.py run_dir=$runs/${dataset}__${setting// /__}
-            options=(--env-id "$dataset" --rewards "${rewards%-gp}")
-            [[ -z ${DATASETS:-} ]] || options+=(--dataset-path "$DATASETS/$dataset.hdf5")
-            [[ $rewards == oracle ]] || options+=(--label-fraction "$fraction")
-            [[ $rewards != imputed ]] || options+=(--reward-model mlp)
-            [[ $rewards != imputed-gp ]] || options+=(--reward-model gp)
-            [[ $algorithm != bc ]] || options+=(--alpha 0)
-            options+=(--num-seeds "${SEEDS:-$seeds}" --num-updates "${UPDATES:-$updates}")
-            echo "$python $script$(printf " %q" "${options[@]}")$more${OPTIONS:+ $OPTIONS}" \
-                "--run-dir $(printf "%q" "$run_dir") --resume"
+            data=(--env-id "$dataset") run_dir=$runs/${dataset}__${setting// /__}
+            [[ -z ${DATASETS:-} ]] || data+=(--dataset-path "$DATASETS/$dataset.hdf5")
+            case $rewards in
+                sweep) sweep ;;
+                imputed-gp) complete_and_train ;;
+                *) train ;;
+            esac
         done
     done
+}
+quote() { printf " %q" "$@"; }
+train() {
+    options=("${data[@]}" --rewards "$rewards")
+    [[ $rewards == oracle ]] || options+=(--label-fraction "$fraction")
+    [[ $algorithm != bc ]] || options+=(--alpha 0)
+    options+=(--num-seeds "$seeds" --num-updates "$updates")
+    script=${algorithm/#bc/td3bc}_imputed.py
+    echo "$python $script$(quote "${options[@]}")$more${OPTIONS:+ $OPTIONS}" \
+        "--run-dir$(quote "$run_dir") --resume"
+}
+sweep() {
+    options=("${data[@]}" --label-fraction "$fraction" --num-seeds "$seeds" --sweep)
+    echo "$python reward_model.py$(quote "${options[@]}" --run-dir "$run_dir")"
+}
+# One seed, in two steps: the first completes the dataset, unless that is done, the second trains.
+complete_and_train() {
+    seed=${fraction#*/seed}
+    options=("${data[@]}" --reward-model gp --label-fraction "${fraction%/*}" --seed "$seed")
+    # Named after these options, so that none takes a dataset that others have completed.
+    folder=$run_dir/gp-$(cksum <<<"${options[*]}" | cut -d " " -f 1) full=$folder/full.hdf5
+    options+=(--run-dir "$folder" --output-path "$full")
+    echo "mkdir -p$(quote "$folder"); test -e$(quote "$full") ||" \
+        "$python reward_model.py$(quote "${options[@]}")" \
+        "&& $python td3bc_imputed.py$(quote --env-id "$dataset" --dataset-path "$full")" \
+        "--num-updates $updates$more${OPTIONS:+ $OPTIONS}" \
+        "--seed $seed --run-dir$(quote "$run_dir") --resume"
 }
 
 # Run one line of the list, by its number from 0; what fails is noted in the file $FAILED.
@@ -120,7 +150,7 @@ one() {
     fi
     echo "[$((number + 1))/$total] $command"
     if ((jobs > 1)); then # several progress bars at once would overwrite each other
-        mkdir -p "$runs" && eval "$command" >>"$run_dir.log" 2>&1
+        mkdir -p "$(dirname "$run_dir")" && eval "$command" >>"$run_dir.log" 2>&1
     else
         eval "$command"
     fi
@@ -164,106 +194,116 @@ eval "exec $python"' - "$target" "${expected[@]}"' <<'PYTHON'
 
 import csv
 import json
-import math
 import sys
 from collections import Counter
 from contextlib import redirect_stdout
 from pathlib import Path
-from types import SimpleNamespace
 from typing import NamedTuple
 
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.ticker import MaxNLocator
 
-# Romeo & Bagdanov (2024), Table 1, as printed.
+# Romeo & Bagdanov (2024), Table 1, as printed: seven columns. Then three of CORL (Tarasov et al.
+# 2022), README of github.com/corl-team/CORL at eeeeef2, last scores, 4 seeds.
 PAPER_SETTINGS = ["bc oracle 1", "td3bc oracle 1", "iql oracle 1"]
 PAPER_SETTINGS += ["td3bc labeled 0.01", "iql labeled 0.01"]
 PAPER_SETTINGS += ["td3bc imputed 0.01", "iql imputed 0.01"]
-PAPER = """
-halfcheetah-medium-v2         42.60  48.30  47.40  10.03  18.28  48.50  44.46
-hopper-medium-v2              52.90  59.30  66.30  11.32  15.53  58.13  36.47
-walker2d-medium-v2            75.30  83.70  78.30   6.00   1.21  82.81  69.87
-halfcheetah-medium-replay-v2  36.60  44.60  44.20   2.60  13.38  44.71  32.73
-hopper-medium-replay-v2       18.10  60.90  94.70   5.11   4.56  52.46  26.42
-walker2d-medium-replay-v2     26.00  81.80  73.90   5.37   1.44  69.15  47.38
-halfcheetah-medium-expert-v2  55.20  90.70  86.70  21.84  19.28  87.88  51.77
-hopper-medium-expert-v2       52.50  98.00  91.50  11.62  21.84  83.65  22.94
-walker2d-medium-expert-v2    107.50 110.10 109.60   8.77   8.04  89.30 107.38
-"""
-# CORL (Tarasov et al. 2022), README of github.com/corl-team/CORL at eeeeef2, last scores, 4 seeds.
 CORL_SETTINGS = ["bc oracle 1", "td3bc oracle 1", "iql oracle 1"]
-CORL = """
-halfcheetah-medium-v2         42.40  48.10  48.31
-hopper-medium-v2              53.51  60.37  67.53
-walker2d-medium-v2            63.23  82.71  80.91
-halfcheetah-medium-replay-v2  35.66  44.84  44.46
-hopper-medium-replay-v2       29.81  64.42  97.43
-walker2d-medium-replay-v2     21.80  85.62  82.15
-halfcheetah-medium-expert-v2  55.95  90.78  94.74
-hopper-medium-expert-v2       52.30 101.17 107.42
-walker2d-medium-expert-v2     98.96 110.03 111.72
+PUBLISHED = """
+halfcheetah-medium-v2         42.60  48.30  47.40  10.03  18.28  48.50  44.46  42.40  48.10  48.31
+hopper-medium-v2              52.90  59.30  66.30  11.32  15.53  58.13  36.47  53.51  60.37  67.53
+walker2d-medium-v2            75.30  83.70  78.30   6.00   1.21  82.81  69.87  63.23  82.71  80.91
+halfcheetah-medium-replay-v2  36.60  44.60  44.20   2.60  13.38  44.71  32.73  35.66  44.84  44.46
+hopper-medium-replay-v2       18.10  60.90  94.70   5.11   4.56  52.46  26.42  29.81  64.42  97.43
+walker2d-medium-replay-v2     26.00  81.80  73.90   5.37   1.44  69.15  47.38  21.80  85.62  82.15
+halfcheetah-medium-expert-v2  55.20  90.70  86.70  21.84  19.28  87.88  51.77  55.95  90.78  94.74
+hopper-medium-expert-v2       52.50  98.00  91.50  11.62  21.84  83.65  22.94  52.30 101.17 107.42
+walker2d-medium-expert-v2    107.50 110.10 109.60   8.77   8.04  89.30 107.38  98.96 110.03 111.72
 """
 
 AGENTS = {"bc": "BC", "td3bc": "TD3+BC", "iql": "IQL"}
-AGENT_COLORS = {"bc": "tab:green", "td3bc": "tab:blue", "iql": "tab:orange"}
-REWARDS = {  # what follows the fraction of labels: "1% + imputed"
-    "oracle": "",
-    "labeled": "",
-    "imputed": " + imputed",
-    "imputed-gp": " + imputed (GP)",
-    "zero": " + zeros",
-    "mean": " + mean",
-}
-REWARD_COLORS = {  # Okabe & Ito's: the colour-blind tell them apart
-    "oracle": "#E69F00",
-    "labeled": "#999999",
-    "imputed": "#0072B2",
-    "imputed-gp": "#009E73",
-    "zero": "#D55E00",
-    "mean": "#CC79A7",
-}
+# What follows the fraction of labels: "1% + imputed".
+REWARDS = {"oracle": "", "labeled": "", "imputed": " + imputed", "imputed-gp": " + imputed (GP)"}
+REWARDS |= {"zero": " + zeros", "mean": " + mean"}
+# One for each thing, in all pictures. Okabe & Ito's, and brown: the colour-blind tell them apart.
+COLORS = {"oracle": "black", "imputed": "#E69F00", "imputed-gp": "#009E73", "labeled": "#56B4E9"}
+COLORS |= {"zero": "#D55E00", "mean": "#CC79A7", "bc": "#8C510A"}
 # What must be the same for runs to stand in one table, beside the versions of the libraries. Not
 # compared are the options of one algorithm alone, scale_rewards, device, compile, when it was
 # evaluated, and the scripts themselves, whose hashes the report prints.
 PROTOCOL = ["num_updates", "eval_episodes", "seed", "num_seeds", "batch_size", "learning_rate"]
-PROTOCOL += ["gamma", "tau", "matmul_precision", "reward_hidden_dim", "reward_epochs"]
-PROTOCOL += ["reward_learning_rate", "reward_batch_size"]
+PROTOCOL += ["gamma", "tau", "reward_hidden_dim", "reward_epochs", "reward_learning_rate"]
+PROTOCOL += ["reward_batch_size"]
 
 
 class Run(NamedTuple):
-    """A finished run; dataset and setting are in the name of its folder."""
+    """A finished run, or several that differ in their seed alone."""
 
-    path: Path
+    paths: list
     dataset: str
     setting: str  # algorithm, rewards, fraction of labels: "td3bc imputed 0.01"
     config: dict
     result: dict
     scores: np.ndarray  # each seed's last evaluation
+    evaluations: np.ndarray  # a row for each seed and evaluation: update, score
 
 
 # Below, `runs` are those of one protocol, {(dataset, setting): Run}.
 
 
 def split_name(path):
-    """dataset__algorithm__rewards__fraction -> dataset, setting."""
-    dataset, *words = path.name.rsplit("__", 3)
+    """dataset__algorithm__rewards__fraction, or a folder seed0 in it -> dataset, setting."""
+    name = path.name if "__" in path.name else path.parent.name
+    dataset, *words = name.rsplit("__", 3)
     return dataset, " ".join(words)
 
 
+def is_sweep(path):
+    return "__reward_model__sweep__" in path.name
+
+
 def is_finished(path):
-    """A run that was evaluated leaves these three; a copy of its directory may lack some."""
-    return all((path / name).exists() for name in ("config.json", "scores.csv", "result.json"))
+    """It has these; a copy of its directory may lack some."""
+    needed = ["config.json", "result.json"] + ([] if is_sweep(path) else ["scores.csv"])
+    return all((path / name).exists() for name in needed)
+
+
+def read_json(path):
+    return json.loads(path.read_text())
 
 
 def read_run(path):
-    config = json.loads((path / "config.json").read_text())
-    result = json.loads((path / "result.json").read_text())
+    config, result = read_json(path / "config.json"), read_json(path / "result.json")
     scores = np.array(result["per_seed"], float)  # what is null there was NaN
-    return Run(path, *split_name(path), config, result, scores)
+    table = np.loadtxt(path / "scores.csv", delimiter=",", skiprows=1, ndmin=2)
+    column = 2 if result["metric"] == "return" else 3  # of update, seed, return, score
+    return Run([path], *split_name(path), config, result, scores, table[:, [0, column]])
 
 
-def protocol(run):
-    values = {name: run.config.get(name) for name in PROTOCOL}
+def read_runs(paths):
+    """Runs that differ in their seeds alone become one."""
+    alike = {}
+    for path in paths:
+        run = read_run(path)
+        key = run.dataset, run.setting, protocol(run, but="seed")
+        alike.setdefault(key, []).append(run)
+    return list(map(join, alike.values()))
+
+
+def join(several):
+    configs = [run.config for run in several]
+    seed, num_seeds = [config["seed"] for config in configs], [x["num_seeds"] for x in configs]
+    return several[0]._replace(
+        paths=[run.paths[0] for run in several],
+        config=configs[0] | {"seed": min(seed), "num_seeds": sum(num_seeds)},
+        scores=np.concatenate([run.scores for run in several]),
+        evaluations=np.concatenate([run.evaluations for run in several]),
+    )
+
+
+def protocol(run, but=None):
+    values = {name: run.config.get(name) for name in PROTOCOL if name != but}
     values.update(run.result["versions"])
     return tuple(f"{name} {value}" for name, value in values.items())
 
@@ -273,7 +313,8 @@ def scripts(runs):
     names = set()
     for run in runs.values():
         script = "iql_imputed.py" if run.setting.startswith("iql") else "td3bc_imputed.py"
-        names.add(f"{script} {run.result['script_sha256'][:9]}")
+        sha256 = run.config.get("script_sha256") or run.result["script_sha256"]  # of older scripts
+        names.add(f"{script} {sha256[:9]}")
     return ", ".join(sorted(names))
 
 
@@ -289,9 +330,10 @@ def percent(fraction):
     return f"{100 * float(fraction):g}%"
 
 
-def with_std(scores):
-    """Over seeds; the std of these, with n, as in result.json."""
-    return f"{np.mean(scores):.1f} ± {np.std(scores):.1f}"
+def with_std(scores, digits=1):
+    """Of several seeds also their std, with n, as in result.json."""
+    std = f" ± {np.std(scores):.{digits}f}" if len(scores) > 1 else ""
+    return f"{np.mean(scores):.{digits}f}{std}"
 
 
 # --- Tables ---
@@ -303,14 +345,15 @@ def print_table(header, rows):
     print()
 
 
-def read_scores(text, settings):
-    """{(dataset, setting): score} of a published table."""
-    scores = {}
-    for line in text.strip().splitlines():
+def read_published():
+    """{(dataset, setting): score} of the paper, and of CORL."""
+    paper, corl = {}, {}
+    for line in PUBLISHED.strip().splitlines():
         dataset, *values = line.split()
-        for setting, value in zip(settings, values):
-            scores[dataset, setting] = float(value)
-    return scores
+        values = list(map(float, values))
+        paper |= {(dataset, setting): x for setting, x in zip(PAPER_SETTINGS, values)}
+        corl |= {(dataset, setting): x for setting, x in zip(CORL_SETTINGS, values[7:])}
+    return paper, corl
 
 
 def add_averages(scores, datasets, settings):
@@ -323,17 +366,15 @@ def add_averages(scores, datasets, settings):
 
 def print_scores(runs, datasets, settings):
     """A row for each dataset, a column for each setting; published figures in brackets."""
-    paper, corl = read_scores(PAPER, PAPER_SETTINGS), read_scores(CORL, CORL_SETTINGS)
+    paper, corl = read_published()
     ours = {key: np.mean(run.scores) for key, run in runs.items()}
     texts = {key: with_std(run.scores) for key, run in runs.items()}
     names = list(datasets)
-    if have_scores(runs) and len(datasets) > 1:  # raw returns of several tasks have no mean
+    if metric(runs) == "score" and len(datasets) > 1:  # raw returns of several tasks have no mean
         names.append("average")
         for table in (ours, paper, corl):
             add_averages(table, datasets, settings)
-        for setting in settings:
-            if ("average", setting) in ours:
-                texts["average", setting] = f"{ours['average', setting]:.1f}"
+        texts |= {key: f"{ours[key]:.1f}" for key in ours if key[0] == "average"}
 
     header = ["dataset", *map(title, settings)]
     rows = []
@@ -355,14 +396,9 @@ def print_scores(runs, datasets, settings):
 
 
 def in_brackets(text, paper, corl):
-    published = []
-    if paper is not None:
-        published.append(f"{paper:.1f}")
-    if corl is not None:
-        published.append(f"CORL {corl:.1f}")
-    if not published:
-        return text
-    return f"{text} ({'; '.join(published)})".strip()
+    published = [] if paper is None else [f"{paper:.1f}"]
+    published += [] if corl is None else [f"CORL {corl:.1f}"]
+    return f"{text} ({'; '.join(published)})".strip() if published else text
 
 
 def ratio(above, below):
@@ -371,8 +407,9 @@ def ratio(above, below):
     return f"{above / below:.2f}"
 
 
-def have_scores(runs):
-    return all(run.result["metric"] == "score" for run in runs.values())
+def metric(runs):
+    metrics = {run.result["metric"] for run in runs.values()}
+    return " or ".join(sorted(metrics))
 
 
 def iqm(scores):
@@ -398,8 +435,9 @@ def print_iqm(runs, settings):
         scores = [run.scores for run in runs.values() if run.setting == setting]
         if scores:
             low, high = interval(np.array(scores))
+            limits = f"{low:.1f} to {high:.1f}" if len(scores[0]) > 1 else "needs several seeds"
             middle = f"{iqm(np.ravel(scores)):.1f}"
-            rows.append([title(setting), middle, f"{low:.1f} to {high:.1f}", str(len(scores))])
+            rows.append([title(setting), middle, limits, str(len(scores))])
     print_table(["setting", "IQM", "95% bootstrap interval", "tasks"], rows)
 
 
@@ -413,14 +451,12 @@ def print_controls(runs, datasets):
     )
     for dataset in datasets:
         for algorithm in ("td3bc", "iql"):
-            imputed = runs.get((dataset, f"{algorithm} imputed 0.01"))
-            zero = runs.get((dataset, f"{algorithm} zero 0.01"))
-            mean = runs.get((dataset, f"{algorithm} mean 0.01"))
-            if imputed and zero and mean:
-                print(f"- {dataset}, {AGENTS[algorithm]}:", end=" ")
-                print(f"imputation scores {with_std(imputed.scores)};", end=" ")
-                print(f"zero {compare(zero.scores, imputed.scores)};", end=" ")
-                print(f"mean {compare(mean.scores, imputed.scores)}")
+            keys = [(dataset, f"{algorithm} {name} 0.01") for name in ("imputed", "zero", "mean")]
+            if all(key in runs for key in keys):
+                imputed, zero, mean = [runs[key].scores for key in keys]
+                print(f"- {dataset}, {AGENTS[algorithm]}: imputation", end=" ")
+                print(f"scores {with_std(imputed)}; zero {compare(zero, imputed)};", end=" ")
+                print(f"mean {compare(mean, imputed)}")
     print()
 
 
@@ -436,114 +472,100 @@ def compare(control, imputed):
     return f"**does as well**, {with_std(control)}"
 
 
-def print_labels(runs, datasets, fractions, numbers):
-    """A row for each number of labels: score and R² with either reward model."""
+def print_labels(runs, datasets, fractions):
+    """Of TD3+BC, a row for each number of labels."""
     rows = []
     for dataset in datasets:
         oracle = runs.get((dataset, "td3bc oracle 1"))
         for fraction in fractions:
             models = ("imputed", "imputed-gp")
             found = [runs.get((dataset, f"td3bc {rewards} {fraction}")) for rewards in models]
-            if not any(found):
-                continue
-            row = [dataset, percent(fraction), str(numbers.get((dataset, fraction), ""))]
-            for run in found:
-                row.append(with_std(run.scores) if run else "")
-                row.append(f"{np.mean(r2(run)):.3f}" if run else "")
-            row.append(with_std(oracle.scores) if oracle else "")
-            rows.append(row)
-    print("TD3+BC, mean ± std over seeds of the last evaluation; R² on the hidden rewards.\n")
-    columns = ["MLP: score", "MLP: R²", "GP: score", "GP: R²", "true rewards: score"]
+            if any(found):
+                number = count_labels(found[1])
+                row = [dataset, percent(fraction), f"{number:,}" if number else ""]
+                row += [with_std(run.scores) if run else "" for run in [*found, oracle]]
+                rows.append(row)
+    print("TD3+BC: mean ± std over seeds of the last evaluation.\n")
+    columns = ["rewards by MLP", "rewards by GP", "true rewards"]
     print_table(["dataset", "labelled", "labels", *columns], rows)
 
 
+def count_labels(run):
+    """Of a run with rewards by the Gaussian process: reward_model.py has counted them."""
+    for path in run.paths[0].glob("gp-*/result.json") if run else []:
+        return read_json(path)["num_labels"]
+
+
+def print_sweeps(sweeps):
+    rows = []
+    for dataset, table in sweeps.items():
+        for count in dict.fromkeys(row["labels"] for row in table):
+            r2s = [np.array(row["r2"], float) for row in table if row["labels"] == count]
+            rows.append([dataset, f"{count:,}", *(with_std(each, digits=3) for each in r2s)])
+    print("Reward models: mean ± std over seeds of R² on the hidden rewards.\n")
+    print_table(["dataset", "labels", "MLP", "GP", "linear"], rows)
+
+
 def r2(run):
-    """Of each seed's imputed rewards, on the rewards hidden from it; NaN if not defined."""
-    return np.array(run.result["reward_model"]["r2"], float)
+    """Of each seed's imputed rewards, on the rewards hidden from it; none without reward model."""
+    return np.array((run.result["reward_model"] or {"r2": []})["r2"], float)
 
 
 def write_csv(path, runs):
-    paper, corl = read_scores(PAPER, PAPER_SETTINGS), read_scores(CORL, CORL_SETTINGS)
-    names = ["metric", "mean", "std", "num_updates", "eval_episodes"]
+    paper, corl = read_published()
+    columns = ["dataset", "algorithm", "rewards", "label_fraction", "metric", "mean", "std"]
+    columns += ["num_updates", "eval_episodes", "seeds", "reward_r2", "paper", "corl"]
     with open(path, "w", newline="") as file:
         table = csv.writer(file)
-        header = ["dataset", "algorithm", "rewards", "label_fraction", *names]
-        table.writerow([*header, "seeds", "reward_r2", "paper", "corl"])
+        table.writerow(columns)
         for key, run in runs.items():
-            row = [run.dataset, *run.setting.split(), *(run.result[name] for name in names)]
-            row.append(len(run.scores))
-            # Of a run without a reward model, it is null.
-            row.append(np.mean(r2(run)) if run.result["reward_model"] else None)
-            table.writerow([*row, paper.get(key), corl.get(key)])
+            row = [run.dataset, *run.setting.split(), run.result["metric"]]
+            row += [np.mean(run.scores), np.std(run.scores), run.config["num_updates"]]
+            row += [run.config["eval_episodes"], len(run.scores)]
+            row += [np.mean(r2(run)) if len(r2(run)) > 0 else None, paper.get(key), corl.get(key)]
+            table.writerow(row)
 
 
-# --- What a run was trained on, by the script that trained it ---
-def load_dataset(run):
-    """The dataset it was trained on; None, and a line that says why, if it is not here."""
-    import td3bc_imputed  # here, since it takes seconds
-
-    path = run.config["dataset_path"]
-    try:
-        with redirect_stdout(sys.stderr):  # the report is what goes to stdout
-            return td3bc_imputed.load_dataset(run.config["env_id"], path and Path(path))
-    except td3bc_imputed.UserError as error:
-        print(f"- cannot be loaded: {run.dataset}, {error}\n")
-
-
-def count_labels(runs, datasets, fractions):
-    """{(dataset, fraction): number of labels}"""
-    import td3bc_imputed
-
-    numbers = {}
-    for dataset in datasets:
-        run = next(run for run in runs.values() if run.dataset == dataset)
-        loaded = load_dataset(run)
-        if loaded:
-            for fraction in fractions:
-                one_seed = range(1)  # every seed has as many
-                labels = td3bc_imputed.split_labels(loaded.rewards, float(fraction), one_seed)
-                numbers[dataset, fraction] = labels.shape[1]
-    return numbers
-
-
+# --- The imputed rewards of a run, by the script that trained it ---
 def impute_again(run, num_rows=5000):
     """True and imputed rewards of transitions whose reward the first seed's model never saw.
 
-    By the reward model in the run's checkpoint."""
+    By the reward model in the run's checkpoint; None if the dataset is not here."""
     import torch
 
-    import td3bc_imputed
+    import td3bc_imputed  # here, since it takes seconds
 
-    dataset = load_dataset(run)
-    if dataset is None:
-        return None
-    # A reward model as the run made it, for as many seeds; then the weights that it had found.
     config = run.config
     seeds = range(config["seed"], config["seed"] + config["num_seeds"])
-    labels = td3bc_imputed.split_labels(dataset.rewards, config["label_fraction"], seeds)
+    try:
+        with redirect_stdout(sys.stderr):  # the report is what goes to stdout
+            path = config["dataset_path"]
+            dataset = td3bc_imputed.load_dataset(config["env_id"], path and Path(path))
+            rows = td3bc_imputed.choose_labels(dataset.rewards, config["label_fraction"], seeds)
+    except td3bc_imputed.UserError as error:
+        print(f"- cannot be loaded: {run.dataset}, {error}\n")
+        return None
+    # A reward model as the run made it, for as many seeds; then the weights that it had found.
+    observations, actions, labels = dataset.observations, dataset.actions, dataset.rewards[rows]
     generators = td3bc_imputed.make_generators(seeds, stream=1)
-    args = SimpleNamespace(**config)
-    reward_model = td3bc_imputed.RewardModel(dataset, labels, generators, args)
-    state = torch.load(run.path / "checkpoint.pt", map_location="cpu", weights_only=True)
+    settings = config["reward_hidden_dim"], generators
+    reward_model = td3bc_imputed.RewardModel(observations, actions, labels, *settings)
+    path = run.paths[0] / "checkpoint.pt"
+    state = torch.load(path, map_location="cpu", weights_only=True)
     reward_model.load_state_dict(state["reward_model"])
 
     hidden = ~np.isnan(dataset.rewards)
-    hidden[labels[0]] = False
-    rows = np.random.default_rng(0).permutation(np.flatnonzero(hidden))[:num_rows]
-    part = dataset._replace(
-        observations=dataset.observations[rows],
-        actions=dataset.actions[rows],
-        rewards=dataset.rewards[rows],
-    )
-    no_labels = labels[:, :0]  # none of these rows is one
-    imputed = td3bc_imputed.impute_rewards(reward_model, part, no_labels)
-    return part.rewards, imputed[0], labels.shape[1]
+    hidden[rows[0]] = False
+    some = np.random.default_rng(0).permutation(np.flatnonzero(hidden))[:num_rows]
+    imputed = td3bc_imputed.predict_rewards(reward_model, observations[some], actions[some])
+    return dataset.rewards[some], imputed[0], labels.shape[1]
 
 
 # --- Pictures ---
+# At most 6.5 inches wide, so that their letters can be read where a picture has 400 pixels.
 def draw_overview(runs, datasets, path):
     """Left: imputed against true rewards. Right: what agents make of 1%, 1% + imputed, 100%."""
-    size = (7.5, max(3.2, 1.3 + 0.44 * len(datasets)))
+    size = (6.5, max(3.2, 1.3 + 0.5 * len(datasets)))
     figure = plt.figure(figsize=size, layout="constrained")
     left, right = figure.subfigures(1, 2, width_ratios=[1, 1.6])
     draw_rewards(left.subplots(), runs, datasets)
@@ -554,27 +576,20 @@ def draw_overview(runs, datasets, path):
     names = [dataset.removesuffix("-v2").replace("-", "\n", 1) for dataset in datasets]
     td3bc.set_yticks(range(len(datasets)), names)
     iql.set_yticks([])
-    handles, labels = td3bc.get_legend_handles_labels()
-    right.legend(
-        handles,
-        labels,
-        title="Score of agents trained on",
-        title_fontsize="large",
-        loc="outside upper center",
-        ncols=3,
-        columnspacing=1,
-        frameon=False,
-    )
-    save(figure, path, dpi=220)
+    style = {"ncols": 3, "columnspacing": 1, "handlelength": 1, "frameon": False}
+    bars = td3bc.get_legend_handles_labels()
+    right.legend(*bars, title="Agents trained on", loc="outside upper center", **style)
+    save(figure, path)
 
 
 def draw_rewards(axes, runs, datasets):
-    """Of the first dataset that has a finished run with imputed rewards."""
+    """Of the first dataset that has a finished run with imputed rewards, and its checkpoint."""
     axes.set_box_aspect(1)
     axes.set(xlabel="true reward", ylabel="imputed reward")
     for dataset in datasets:
         run = runs.get((dataset, "td3bc imputed 0.01"))
-        if run and (run.path / "checkpoint.pt").exists():
+        # Older scripts, whose checkpoints are others, did not note theirs in config.json.
+        if run and "script_sha256" in run.config and (run.paths[0] / "checkpoint.pt").exists():
             break
     else:
         axes.set_title("No run of TD3+BC with\nimputed rewards yet")
@@ -583,99 +598,99 @@ def draw_rewards(axes, runs, datasets):
     if found is None:
         return
     true, imputed, num_labels = found
-    axes.plot(true, imputed, ".", color=REWARD_COLORS["imputed"], markersize=3, alpha=0.3)
+    axes.plot(true, imputed, ".", color=COLORS["imputed"], markersize=3, alpha=0.5)
     ends = [true.min(), true.max()]
-    axes.plot(ends, ends, color="black", linewidth=1)
+    axes.plot(ends, ends, color=COLORS["oracle"], linewidth=1)
     axes.set_title(f"Hidden rewards, imputed\nfrom {num_labels:,} labels")
-    corner = {"transform": axes.transAxes, "fontsize": "large", "va": "top"}
+    corner = {"transform": axes.transAxes, "va": "top"}
     axes.text(0.05, 0.95, f"R² = {r2(run)[0]:.3f}", **corner)
-    corner = {"transform": axes.transAxes, "fontsize": "small", "ha": "right"}
-    axes.text(0.95, 0.05, dataset, **corner)
 
 
 def draw_bars(axes, runs, datasets, algorithm):
     """A group of three bars for each dataset, from above."""
-    settings = {"labeled 0.01": "1% of rewards", "imputed 0.01": "1% + imputed", "oracle 1": "100%"}
+    settings = {"labeled 0.01": "1%", "imputed 0.01": "1% + imputed", "oracle 1": "100%"}
     for place, (setting, label) in enumerate(settings.items()):
         found = [runs.get((dataset, f"{algorithm} {setting}")) for dataset in datasets]
         scores = [run.scores if run else [np.nan] for run in found]
         rows = np.arange(len(datasets)) + 0.27 * (place - 1)
-        means = [np.mean(each) for each in scores]
-        stds = [np.std(each) for each in scores]
-        color = REWARD_COLORS[setting.split()[0]]
-        axes.barh(rows, means, 0.25, xerr=stds, color=color, label=label)
+        color = COLORS[setting.split()[0]]
+        style = {"xerr": spread(scores), "ecolor": "gray", "color": color, "label": label}
+        axes.barh(rows, [np.mean(each) for each in scores], 0.25, **style)
     # Places of their own also for datasets without a run: the agents share the names on the left.
     axes.set_ylim(len(datasets) - 0.5, -0.5)
     axes.set(title=AGENTS[algorithm], xlabel=metric(runs))
 
 
-def metric(runs):
-    metrics = {run.result["metric"] for run in runs.values()}
-    return " or ".join(sorted(metrics))
+def spread(scores):
+    """Error bars, the std over seeds; none if there is but one."""
+    stds = [np.std(each) if len(each) > 1 else 0 for each in scores]
+    return stds if any(stds) else None
 
 
-def save(figure, path, dpi=150):
-    figure.savefig(path, dpi=dpi)
+def save(figure, path, ncols=None):
+    """With one legend below all panels; what several have in common stands there once."""
+    if ncols:
+        entries = {}
+        for axes in figure.axes:
+            for handle, label in zip(*axes.get_legend_handles_labels()):
+                entries[label] = handle
+        labels = list(entries)
+        figure.legend(entries.values(), labels, loc="outside lower center", ncols=ncols)
+    figure.savefig(path, dpi=220)
     plt.close(figure)
-
-
-def add_legend(figure, ncols):
-    """One below all panels; what several have in common stands there once."""
-    entries = {}
-    for axes in figure.axes:
-        for handle, label in zip(*axes.get_legend_handles_labels()):
-            entries[label] = handle
-    labels = list(entries)
-    figure.legend(entries.values(), labels, loc="outside lower center", ncols=ncols)
 
 
 def draw_figure2(runs, datasets, settings, path):
     """As the paper's: boxes over seeds at 1% and 5%; lines at 100%, 1% + imputed, and BC."""
-    columns = min(len(datasets), 3)
-    rows = math.ceil(len(datasets) / columns)
-    size = (2.4 + 3 * columns, 1 + 3 * rows)
-    figure, panels = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
+    figure, panels = make_panels(datasets, {"td3bc": "TD3+BC", "iql": "IQL"})
     fractions = fractions_of(settings, "labeled")
-    for axes, dataset in zip(panels.flat, datasets):
-        for setting, style in (("imputed 0.01", "--"), ("oracle 1", "-")):
-            draw_line(axes, runs.get((dataset, f"td3bc {setting}")), style, width=2)
-            draw_line(axes, runs.get((dataset, f"iql {setting}")), style, width=1)
-        draw_line(axes, runs.get((dataset, "bc oracle 1")), ":", width=2)
+    for (dataset, algorithm), axes in panels.items():
+        draw_line(axes, runs.get((dataset, f"{algorithm} oracle 1")), "-")
+        draw_line(axes, runs.get((dataset, f"{algorithm} imputed 0.01")), "--")
+        draw_line(axes, runs.get((dataset, "bc oracle 1")), ":")
         for x, fraction in enumerate(fractions):
-            draw_box(axes, runs.get((dataset, f"td3bc labeled {fraction}")), x - 0.18, hatch="")
-            draw_box(axes, runs.get((dataset, f"iql labeled {fraction}")), x + 0.18, hatch="///")
+            draw_box(axes, runs.get((dataset, f"{algorithm} labeled {fraction}")), x)
         axes.set_xticks(range(len(fractions)), [percent(fraction) for fraction in fractions])
-        axes.set(title=dataset, xlim=(-0.6, len(fractions) - 0.4), ylabel=metric(runs))
-        axes.set_xlabel("transitions with a reward")
+        axes.set(xlabel="transitions with a reward", ylabel=metric(runs))
+        axes.set_xlim(-0.6, len(fractions) - 0.4)
         axes.set_ylim(bottom=min(0, axes.get_ylim()[0]))
-    for axes in panels.flat[len(datasets) :]:
-        axes.axis("off")
-    add_legend(figure, ncols=2 if columns == 1 else 4)
-    save(figure, path)
+    save(figure, path, ncols=2)
 
 
-def draw_line(axes, run, style, width):
+def make_panels(datasets, columns):
+    """{(dataset, name of a column): axes}, by the titles of columns."""
+    size = (0.5 + 3 * len(columns), 1 + 2.2 * len(datasets))
+    shape = (len(datasets), len(columns))
+    figure, rows = plt.subplots(*shape, figsize=size, squeeze=False, layout="constrained")
+    panels = {}
+    for dataset, row in zip(datasets, rows):
+        for name, axes in zip(columns, row):
+            axes.set_title(f"{columns[name]}, {dataset.removesuffix('-v2')}", fontsize="medium")
+            panels[dataset, name] = axes
+    return figure, panels
+
+
+def draw_line(axes, run, style):
     if run:
-        color = AGENT_COLORS[run.setting.split()[0]]
-        mean = np.mean(run.scores)
-        label = title(run.setting)
-        axes.axhline(mean, color=color, linestyle=style, linewidth=width, label=label)
+        label, color = name_curve(run.setting), color_of(run.setting)
+        axes.axhline(np.mean(run.scores), color=color, linestyle=style, label=label)
 
 
-def draw_box(axes, run, x, hatch):
+def draw_box(axes, run, x):
     if run:
-        algorithm = run.setting.split()[0]
-        axes.boxplot(
-            [run.scores],
-            positions=[x],
-            widths=0.3,
-            whis=(0, 100),
-            manage_ticks=False,
-            patch_artist=True,
-            label=f"{AGENTS[algorithm]}, labelled only",
-            boxprops={"facecolor": AGENT_COLORS[algorithm], "hatch": hatch, "alpha": 0.8},
-            medianprops={"color": "black"},
-        )
+        style = {"patch_artist": True, "boxprops": {"facecolor": color_of(run.setting)}}
+        style |= {"medianprops": {"color": "black"}, "label": "labelled transitions only"}
+        axes.boxplot([run.scores], positions=[x], widths=0.3, whis=(0, 100), **style)
+
+
+def color_of(setting):
+    algorithm, rewards, _ = setting.split()
+    return COLORS["bc" if algorithm == "bc" else rewards]
+
+
+def name_curve(setting):
+    """Beside others of the same agent."""
+    return title(setting).removeprefix("TD3+BC ").removeprefix("IQL ")
 
 
 def fractions_of(settings, rewards):
@@ -683,79 +698,61 @@ def fractions_of(settings, rewards):
     return sorted(fractions, key=float)
 
 
-def draw_labels(runs, datasets, fractions, numbers, path):
+def draw_labels(runs, datasets, fractions, sweeps, path):
     """Score and R² against the number of labels, with either reward model."""
-    size = (1 + 3 * len(datasets), 5.5)
-    figure, panels = plt.subplots(
-        2, len(datasets), figsize=size, sharex="col", squeeze=False, layout="constrained"
-    )
-    for dataset, (above, below) in zip(datasets, panels.T):
-        oracle = runs.get((dataset, "td3bc oracle 1"))
-        if oracle:
-            mean = np.mean(oracle.scores)
-            above.axhline(mean, color=REWARD_COLORS["oracle"], label="true rewards")
-        ticks = set()
+    figure, panels = make_panels(datasets, {"score": "TD3+BC", "r2": "Rewards"})
+    for dataset in datasets:
+        left, right = panels[dataset, "score"], panels[dataset, "r2"]
         # Side by side, so that no error bar hides another.
-        for rewards, label, shift in (("imputed", "MLP", 0.96), ("imputed-gp", "GP", 1.04)):
-            found = [runs.get((dataset, f"td3bc {rewards} {fraction}")) for fraction in fractions]
-            found = [run for run in found if run]
-            counts = [numbers[dataset, run.setting.split()[2]] for run in found]
-            ticks.update(counts)
-            x = [shift * count for count in counts]
-            style = {"color": REWARD_COLORS[rewards], "label": label, "marker": "o", "capsize": 3}
-            draw_points(above, x, [run.scores for run in found], style)
-            draw_points(below, x, [r2(run) for run in found], style)
-        above.set(title=dataset, ylabel=f"TD3+BC's {metric(runs)}", xscale="log")
-        above.set_ylim(bottom=min(0, above.get_ylim()[0]))
-        below.set(xlabel="labels", ylabel="R² of hidden rewards", ylim=(-0.05, 1.05))
-        below.set_xticks(list(ticks), [f"{tick:,}" for tick in ticks], fontsize="small")
-        below.minorticks_off()
-    add_legend(figure, ncols=3)
-    save(figure, path)
-
-
-def draw_points(axes, x, values, style):
-    """Mean and std over seeds."""
-    means = [np.mean(seeds) for seeds in values]
-    stds = [np.std(seeds) for seeds in values]
-    axes.errorbar(x, means, stds, **style)
+        for model, rewards, shift in (("mlp", "imputed", 0.96), ("gp", "imputed-gp", 1.04)):
+            scores = {}
+            for fraction in fractions:
+                run = runs.get((dataset, f"td3bc {rewards} {fraction}"))
+                count = count_labels(runs.get((dataset, f"td3bc imputed-gp {fraction}")))
+                if run and count:
+                    scores[count] = run.scores
+            table = [row for row in sweeps.get(dataset, []) if row["model"] == model]
+            r2s = {row["labels"]: np.array(row["r2"], float) for row in table}
+            for axes, points in ((left, scores), (right, r2s)):
+                x = [shift * count for count in points]
+                means = [np.mean(each) for each in points.values()]
+                style = {"color": COLORS[rewards], "label": model.upper(), "marker": "o"}
+                axes.errorbar(x, means, spread(points.values()), capsize=3, **style)
+                axes.set(xlabel="labels", xscale="log")
+                axes.xaxis.set_major_formatter("{x:,.0f}")
+                axes.xaxis.set_minor_formatter("")
+        draw_line(left, runs.get((dataset, "td3bc oracle 1")), "-")
+        left.set(ylabel=metric(runs), ylim=(min(0, left.get_ylim()[0]), None))
+        right.set(ylabel="R² of hidden rewards", ylim=(max(-1, right.get_ylim()[0]), 1.05))
+    save(figure, path, ncols=3)
 
 
 def draw_curves(runs, datasets, settings, path):
     """Score against updates: mean over seeds, and their standard deviation as a band."""
-    names = {setting.split()[0] for setting in settings}
-    algorithms = [name for name in ("td3bc", "iql") if name in names]
-    size = (1.5 + 3.5 * len(algorithms), 1 + 2.2 * len(datasets))
-    shape = (len(datasets), len(algorithms))
-    figure, panels = plt.subplots(*shape, figsize=size, squeeze=False, layout="constrained")
-    for dataset, row in zip(datasets, panels):
-        for algorithm, axes in zip(algorithms, row):
-            for setting in settings:
-                run = runs.get((dataset, setting))
-                if run and setting.split()[0] in (algorithm, "bc"):
-                    draw_curve(axes, run, fractions_of(settings, setting.split()[1]))
-            axes.set_title(f"{AGENTS[algorithm]}, {dataset}", fontsize="medium")
-            axes.set(xlabel="updates", ylabel=metric(runs))
-    add_legend(figure, ncols=2 * len(algorithms))
-    save(figure, path)
+    names = {setting.split()[0] for setting in settings} - {"bc"}
+    figure, panels = make_panels(datasets, {name: AGENTS[name] for name in sorted(names)[::-1]})
+    for (dataset, algorithm), axes in panels.items():
+        for setting in settings:
+            run = runs.get((dataset, setting))
+            if run and setting.split()[0] in (algorithm, "bc"):
+                draw_curve(axes, run, fractions_of(settings, setting.split()[1]))
+        axes.set(xlabel="updates", ylabel=metric(runs))
+        axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
+    save(figure, path, ncols=3)
 
 
 def draw_curve(axes, run, fractions):
     """The fewer the labels, the paler."""
-    # Its columns: update, seed, return, score; the rows of an evaluation stand together.
-    table = np.loadtxt(run.path / "scores.csv", delimiter=",", skiprows=1, ndmin=2)
-    updates, _, returns, scores = table.T
-    values = returns if run.result["metric"] == "return" else scores
-    values = values.reshape(-1, len(run.scores))  # (evaluations, seeds)
-    updates = np.unique(updates)
-    mean, std = values.mean(axis=1), values.std(axis=1)
-
-    algorithm, rewards, fraction = run.setting.split()
-    color = AGENT_COLORS["bc"] if algorithm == "bc" else REWARD_COLORS[rewards]
-    alpha = (1 + fractions.index(fraction)) / len(fractions)
-    label = title(run.setting).removeprefix(f"{AGENTS[algorithm]} ")
-    axes.plot(updates, mean, color=color, alpha=alpha, label=label)
-    axes.fill_between(updates, mean - std, mean + std, color=color, alpha=0.15 * alpha)
+    evaluated, values = run.evaluations.T
+    updates = np.unique(evaluated)
+    each = [values[evaluated == update] for update in updates]  # of all seeds
+    mean, std = np.array([np.mean(x) for x in each]), np.array([np.std(x) for x in each])
+    alpha = (1 + fractions.index(run.setting.split()[2])) / len(fractions)
+    color, every = color_of(run.setting), max(1, len(updates) // 10)
+    style = {"color": color, "alpha": alpha, "label": name_curve(run.setting)}
+    axes.plot(updates, mean, ".-", markevery=every, **style)
+    if len(run.scores) > 1:
+        axes.fill_between(updates, mean - std, mean + std, color=color, alpha=0.15 * alpha)
 
 
 def print_absent(runs, found, paths, common):
@@ -764,37 +761,41 @@ def print_absent(runs, found, paths, common):
     for run in found:
         if run not in runs.values():
             others = [part for part in protocol(run) if part not in common]
-            lines.append(f"- left out, {', '.join(others)}: {run.path}")
-    finished = {run.path for run in found}
-    lines += [f"- missing: {path}" for path in paths if path not in finished]
+            lines += [f"- left out, {', '.join(others)}: {path}" for path in run.paths]
+    lines += [f"- missing: {path}" for path in paths if not is_finished(path)]
     if lines:
         print("\n".join(lines) + "\n")
 
 
 def main(target, paths):
-    found = [read_run(path) for path in paths if is_finished(path)]
+    finished = [path for path in paths if is_finished(path)]
+    found = read_runs([path for path in finished if not is_sweep(path)])
+    swept = [path for path in finished if is_sweep(path)]
+    sweeps = {split_name(path)[0]: read_json(path / "result.json")["table"] for path in swept}
     if not found:
         sys.exit(f"error: no finished run of {target} in {paths[0].parent}")
     common, _ = Counter(protocol(run) for run in found).most_common(1)[0]
     runs = {(run.dataset, run.setting): run for run in found if protocol(run) == common}
-    names = [split_name(path) for path in paths]
+    names = [split_name(path) for path in paths if not is_sweep(path)]
     datasets = list(dict.fromkeys(dataset for dataset, _ in names))
     settings = list(dict.fromkeys(setting for _, setting in names))
     trained = {dataset for dataset, _ in runs}
     present = [dataset for dataset in datasets if dataset in trained]
+    number = len(swept) + sum(len(run.paths) for run in runs.values())
 
     print(f"# {target}\n")
-    print(f"{len(runs)} of {len(paths)} runs; {scripts(runs)}; {', '.join(common)}.\n")
-    fractions = fractions_of(settings, "imputed")
+    print(f"{number} of {len(paths)} runs; {scripts(runs)}; {', '.join(common)}.\n")
     if target == "labels":
-        numbers = count_labels(runs, present, fractions)
-        print_labels(runs, datasets, fractions, numbers)
+        fractions = fractions_of(settings, "imputed")
+        print_labels(runs, datasets, fractions)
     else:
         print_scores(runs, datasets, settings)
-    if have_scores(runs):
+    if metric(runs) == "score":
         print_iqm(runs, settings)
     if target == "controls":
         print_controls(runs, datasets)
+    if sweeps:
+        print_sweeps(sweeps)
     print_absent(runs, found, paths, common)
 
     results = Path("results")
@@ -808,9 +809,8 @@ def main(target, paths):
     if target in ("table1", "bundled"):
         draw_overview(runs, present, results / "overview.png")
         written.append("overview.png")
-    if target == "labels" and numbers:
-        counted = [dataset for dataset in present if (dataset, fractions[0]) in numbers]
-        draw_labels(runs, counted, fractions, numbers, results / "labels.png")
+    if target == "labels":
+        draw_labels(runs, present, fractions, sweeps, results / "labels.png")
         written.append("labels.png")
     print(", ".join(f"results/{name}" for name in written))
 

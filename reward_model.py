@@ -595,7 +595,7 @@ def find_file(name: str) -> Path:
         path, urls = Path(__file__).resolve().parent / "tests" / "data" / f"{name}.hdf5", []
     else:
         folder = Path(os.environ.get("D4RL_DATASET_DIR", "~/.d4rl/datasets")).expanduser()
-        path, urls = folder / (name.replace("-", "_").replace("_v2", "-v2.hdf5")), D4RL_URLS
+        path, urls = folder / (name.removesuffix("-v2").replace("-", "_") + "-v2.hdf5"), D4RL_URLS
     for url in urls:
         if not path.exists():
             print(f"downloading   {url}{path.name}")
@@ -685,8 +685,8 @@ def find_transitions(arrays, follow_d4rl) -> tuple:
     has_ends = "timeouts" in arrays or ends[-1:].all()
     require(has_ends, "has no column timeouts: 1 where an episode was cut off, else 0")
     # After a cut comes another episode, whatever an environment that resets itself logged as next.
-    timeouts[-1:] = True
-    is_kept = has_own_next | ~timeouts
+    is_last = np.arange(len(timeouts)) == len(timeouts) - 1
+    is_kept = has_own_next | ~(timeouts | is_last)
     if not follow_d4rl:  # published scores go without these rows
         is_kept |= terminals
     if np.count_nonzero(has_own_next & ~terminals) > len(has_own_next) / 2:

@@ -278,11 +278,10 @@ def complete_rewards(kind: str, rewards, label_rows, predicted) -> np.ndarray:
 
 def imputation_r2(predicted, rewards, label_rows) -> list:
     """R2 of each seed on the rewards, if any, that are known and no label; no agent sees these."""
-    hidden = np.tile(~np.isnan(rewards), (len(predicted), 1))
-    np.put_along_axis(hidden, label_rows, False, axis=1)
-    if not hidden.any():
+    true = np.tile(rewards, (len(predicted), 1))
+    np.put_along_axis(true, label_rows, np.nan, axis=1)
+    if np.isnan(true).all():
         return []
-    true = np.where(hidden, rewards, np.nan)
     mse = np.nanmean((predicted - true) ** 2, axis=1)
     with np.errstate(divide="ignore", invalid="ignore"):  # of rewards that are all equal
         r2 = 1 - mse / np.nanvar(true, axis=1)
@@ -330,7 +329,7 @@ def make_transitions(dataset: Dataset, scaled_actions, rewards, device) -> Trans
         actions=share(scaled_actions.clip(-1, 1)),
         rewards=torch.from_numpy(rewards).float().to(device),
         next_observations=share(dataset.next_observations),
-        terminals=share(np.float32(dataset.terminals)),
+        terminals=share(dataset.terminals.astype(np.float32)),
     )
 
 
@@ -370,10 +369,11 @@ class Agent:
         self.q1_target = deepcopy(self.q1)
         self.q2_target = deepcopy(self.q2)
         # Fused: one kernel for all parameters. Capturable: a CUDA graph may hold it.
-        settings = {"lr": args.learning_rate, "fused": True, "capturable": device.type == "cuda"}
+        settings = {"fused": True, "capturable": device.type == "cuda"}
+        rate = args.learning_rate
         q_parameters = [*self.q1.parameters(), *self.q2.parameters()]
-        self.q_optimizer = torch.optim.Adam(q_parameters, **settings)
-        self.actor_optimizer = torch.optim.Adam(self.actor.parameters(), **settings)
+        self.q_optimizer = torch.optim.Adam(q_parameters, rate, **settings)
+        self.actor_optimizer = torch.optim.Adam(self.actor.parameters(), rate, **settings)
         for name, part in vars(self).items():
             assert hasattr(part, "state_dict"), f"a checkpoint cannot hold Agent.{name}"
 
@@ -497,7 +497,7 @@ def find_file(name: str) -> Path:
         path, urls = Path(__file__).resolve().parent / "tests" / "data" / f"{name}.hdf5", []
     else:
         folder = Path(os.environ.get("D4RL_DATASET_DIR", "~/.d4rl/datasets")).expanduser()
-        path, urls = folder / (name.replace("-", "_").replace("_v2", "-v2.hdf5")), D4RL_URLS
+        path, urls = folder / (name.removesuffix("-v2").replace("-", "_") + "-v2.hdf5"), D4RL_URLS
     for url in urls:
         if not path.exists():
             print(f"downloading   {url}{path.name}")
@@ -587,8 +587,8 @@ def find_transitions(arrays, follow_d4rl) -> tuple:
     has_ends = "timeouts" in arrays or ends[-1:].all()
     require(has_ends, "has no column timeouts: 1 where an episode was cut off, else 0")
     # After a cut comes another episode, whatever an environment that resets itself logged as next.
-    timeouts[-1:] = True
-    is_kept = has_own_next | ~timeouts
+    is_last = np.arange(len(timeouts)) == len(timeouts) - 1
+    is_kept = has_own_next | ~(timeouts | is_last)
     if not follow_d4rl:  # published scores go without these rows
         is_kept |= terminals
     if np.count_nonzero(has_own_next & ~terminals) > len(has_own_next) / 2:
@@ -721,11 +721,11 @@ MAY_CHANGE = {"resume", "run_dir", "dataset_path", "eval_workers", "track", "com
 MAY_CHANGE |= {"cuda_graph", "num_updates", "script_sha256"}
 
 
-def make_config(args: Args, dataset: Dataset, device) -> dict:
+def make_config(args: Args, dataset: Dataset, label_rows, device) -> dict:
     """What config.json records, and what a resumed run must find unchanged."""
     config = json.loads(json.dumps(vars(args), default=str))  # paths become text
     config["device"] = device.type
-    content = b"".join(array.tobytes() for array in dataset[:6])
+    content = b"".join(array.tobytes() for array in (*dataset[:6], label_rows))
     config["dataset"] = hashlib.sha256(content).hexdigest()
     config["script_sha256"] = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
     return config
@@ -877,7 +877,7 @@ def main(args: Args):
     run_dir = args.run_dir or Path("runs") / name
     run_dir.mkdir(parents=True, exist_ok=args.run_dir is not None)
     print(f"run           {run_dir}")
-    config = make_config(args, dataset, device)
+    config = make_config(args, dataset, label_rows, device)
     resumed = None
     if args.resume and (run_dir / "checkpoint.pt").exists():
         resumed = read_checkpoint(run_dir / "checkpoint.pt", config, device)

@@ -69,6 +69,7 @@ class TD3BC:
         self.q1 = make_mlp(obs_dim + act_dim, 1)
         self.q2 = make_mlp(obs_dim + act_dim, 1)
         self.num_updates = 0
+        self.losses = {}  # of the last update of each network
 
     def start(self):
         """Targets and optimizers for the networks as they are now."""
@@ -102,6 +103,7 @@ class TD3BC:
         inputs = torch.cat([observations, actions], dim=1)
         q1_loss = F.mse_loss(self.q1(inputs)[:, 0], target)
         q2_loss = F.mse_loss(self.q2(inputs)[:, 0], target)
+        self.losses["losses/critic_loss"] = q1_loss + q2_loss
         descend(q1_loss + q2_loss, self.q_optimizer)
 
     def update_actor(self, observations, actions):
@@ -109,6 +111,7 @@ class TD3BC:
         q = self.q1(torch.cat([observations, policy], dim=1))
         lambda_ = self.alpha / q.abs().mean().detach()
         loss = -lambda_ * q.mean() + F.mse_loss(policy, actions)
+        self.losses["losses/actor_loss"] = loss
         descend(loss, self.actor_optimizer)
 
 
@@ -138,6 +141,7 @@ class IQL:
         self.q2 = make_mlp(obs_dim + act_dim, 1)
         self.total_updates = total_updates
         self.num_updates = 0
+        self.losses = {}  # of the last update of each network
 
     def start(self):
         """Targets and optimizers for the networks as they are now."""
@@ -165,6 +169,7 @@ class IQL:
         advantage = q - self.value(observations)[:, 0]
         weight = torch.where(advantage > 0, self.expectile, 1 - self.expectile)
         loss = (weight * advantage**2).mean()
+        self.losses["losses/value_loss"] = loss
         descend(loss, self.value_optimizer)
 
     def update_actor(self, observations, actions, q):
@@ -176,7 +181,9 @@ class IQL:
         log_prob = policy.log_prob(actions).sum(dim=1)
         cosine = math.cos(math.pi * self.num_updates / self.total_updates)
         self.actor_optimizer.param_groups[0]["lr"] = self.learning_rate * (1 + cosine) / 2
-        descend(-(weight * log_prob).mean(), self.actor_optimizer)
+        loss = -(weight * log_prob).mean()
+        self.losses["losses/actor_loss"] = loss
+        descend(loss, self.actor_optimizer)
 
     def update_critics(self, inputs, rewards, next_observations, terminals):
         with torch.no_grad():
@@ -184,6 +191,7 @@ class IQL:
             target = rewards + self.gamma * (1 - terminals) * next_value
         q1_loss = F.mse_loss(self.q1(inputs)[:, 0], target)
         q2_loss = F.mse_loss(self.q2(inputs)[:, 0], target)
+        self.losses["losses/critic_loss"] = q1_loss + q2_loss
         descend(q1_loss + q2_loss, self.q_optimizer)
 
 
@@ -197,10 +205,9 @@ def random_transitions(script, num_seeds=2, num_rows=64, obs_dim=5, act_dim=3, d
     def share(tensor):
         return tensor.expand(num_seeds, *tensor.shape)
 
-    bound = script.ACTION_BOUND
     return script.Transitions(
         observations=share(3 * normal(num_rows, obs_dim) + 1),
-        actions=share(normal(num_rows, act_dim).clamp(-bound, bound)),
+        actions=share(normal(num_rows, act_dim).clamp(-1, 1)),
         rewards=normal(num_seeds, num_rows),
         next_observations=share(3 * normal(num_rows, obs_dim) + 1),
         terminals=share((normal(num_rows) > 1).to(torch.get_default_dtype())),
@@ -249,11 +256,19 @@ def copy_seed(agent, reference, seed):
         theirs.copy_(ours)
 
 
-def assert_equal_up_to_rounding(agent, reference, seed):
-    """In float64 every weight to 1e-10, in float32 every tensor to 1e-4 of its norm."""
+def assert_close(ours, theirs):
+    """In float64 to 1e-10, in float32 to 1e-5 of the tensor's norm (or to 1e-9: one may be near 0)."""
+    difference = ours - theirs
+    if ours.dtype == torch.float64:
+        assert difference.abs().max() < 1e-10
+    else:
+        assert difference.norm() < 1e-5 * theirs.norm() + 1e-9
+
+
+def assert_equal_up_to_rounding(agent, reference, losses, seed):
+    """Every weight and every loss of the last update."""
     for ours, theirs in paired_parameters(agent, reference, seed):
-        difference = ours - theirs
-        if ours.dtype == torch.float64:
-            assert difference.abs().max() < 1e-10
-        else:
-            assert difference.norm() < 1e-4 * theirs.norm()
+        assert_close(ours, theirs)
+    assert losses.keys() == reference.losses.keys()
+    for name, loss in losses.items():
+        assert_close(loss[seed], reference.losses[name].detach())

@@ -24,9 +24,7 @@ WAIT_FOR_THE_DEVICE = {
 
 
 class Device(str):
-    """Tensors are on the CPU, the script sees a GPU."""
-
-    type = "cuda"
+    """Tensors are on the CPU, the script sees the device of its `type`."""
 
 
 class Graph(TorchDispatchMode):
@@ -76,29 +74,41 @@ def invalidate(result) -> None:
 
 @contextmanager
 def record(graph: Graph, stream=None):
-    """Recording draws nothing from a generator."""
+    """Recording draws nothing from a generator, even if it fails."""
     states = [generator.get_state() for generator in graph.generators]
-    with graph:
-        yield
-    for generator, state in zip(graph.generators, states):
-        generator.set_state(state)
+    try:
+        with graph:
+            yield
+    finally:
+        for generator, state in zip(graph.generators, states):
+            generator.set_state(state)
 
 
 class Torch:
-    """The module torch, but with one GPU."""
+    """The module torch, but with one GPU; `graphs` are those that were recorded, or tried."""
 
-    cuda = SimpleNamespace(
-        CUDAGraph=Graph,
-        graph=record,
-        Stream=object,
-        set_stream=lambda stream: None,
-        current_stream=object,
-        is_available=lambda: True,
-        get_device_name=lambda: "a simulated GPU",
-    )
+    def __init__(self):
+        self.graphs = []
+        self.cuda = SimpleNamespace(
+            CUDAGraph=self.new_graph,
+            graph=record,
+            Stream=object,
+            set_stream=lambda stream: None,
+            current_stream=object,
+            is_available=lambda: True,
+        )
+
+    def new_graph(self) -> Graph:
+        self.graphs.append(Graph())
+        return self.graphs[-1]
 
     def __getattr__(self, name: str):
         return getattr(torch, name)
 
     def device(self, name: str) -> Device:
-        return Device("cpu")
+        device = Device("cpu")
+        device.type = name
+        return device
+
+    def ones(self, *size: int, device: str = "cpu") -> torch.Tensor:
+        return torch.ones(*size)

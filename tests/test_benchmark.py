@@ -58,36 +58,63 @@ def bash(action, target, code=0, script=SCRIPT, **settings):
     return done.stdout + done.stderr
 
 
+def make_data(folder, *names):
+    """A folder for DATASETS, of empty files."""
+    (folder / "data").mkdir()
+    for name in names:
+        (folder / "data" / f"{name}.hdf5").touch()
+    return folder / "data"
+
+
 def list_commands(target, **settings):
     return bash("list", target, **settings).splitlines()
 
 
-def parse(command):
-    """The script of a command, and the arguments that it would run with."""
-    _, script, *words = shlex.split(command)
-    module = importlib.import_module(script.removesuffix(".py"))
-    return module.__name__, tyro.cli(module.Args, args=words)
+def parse_all(line):
+    """Of each command for Python in a line: its script, and the arguments that it would run with."""
+    found = []
+    for command in line.replace(" || ", " && ").split(" && "):
+        python, script, *words = shlex.split(command)
+        if python == "python":
+            module = importlib.import_module(script.removesuffix(".py"))
+            found.append((module.__name__, tyro.cli(module.Args, args=words)))
+    return found
+
+
+def parse(line):
+    return parse_all(line)[-1]
+
+
+def find_run_dir(line):
+    words = shlex.split(line)
+    return Path(words[len(words) - words[::-1].index("--run-dir")])
 
 
 # --- list ---
 @pytest.mark.parametrize(
     ("target", "lines"),
-    [("table1", 63), ("figure2", 18), ("controls", 72), ("labels", 22), ("bundled", 7)],
+    [("table1", 63), ("figure2", 18), ("controls", 72), ("labels", 64), ("bundled", 7)],
 )
-def test_every_line_of_a_list_is_a_command_that_its_script_understands(target, lines):
-    arguments = [parse(command)[1] for command in list_commands(target)]
-    assert len(arguments) == lines
-    assert len({args.run_dir for args in arguments}) == lines
-    assert all(args.resume for args in arguments)
+def test_every_line_of_a_list_is_a_run_of_its_own(target, lines):
+    commands = list_commands(target)
+    assert len(commands) == len({find_run_dir(line) for line in commands}) == lines
+
+
+@pytest.mark.parametrize("target", ["figure2", "controls", "labels", "bundled"])
+def test_every_line_of_a_list_is_understood_by_its_script(target, tmp_path):
+    data = make_data(tmp_path, "hopper-own")
+    for line in list_commands(target, DATASETS=data, SEEDS=1, FRACTIONS="0.1"):
+        script, args = parse(line)
+        assert script == "reward_model" or args.resume
 
 
 def test_the_lines_of_table_1_are_those_of_the_paper():
     commands = list_commands("table1")
-    first_nine = {parse(command)[1].env_id for command in commands[:9]}
+    first_nine = {command.split()[3] for command in commands[:9]}
     assert len(first_nine) == 9, "datasets vary fastest: each is downloaded once"
     counts = {
         "--rewards oracle": 27,
-        "--rewards imputed --label-fraction 0.01 --reward-model mlp ": 18,
+        "--rewards imputed --label-fraction 0.01 ": 18,
         "--label-fraction 0.01": 36,
         "--alpha 0 ": 9,
         "iql_imputed.py": 27,
@@ -103,30 +130,66 @@ def test_a_run_that_two_targets_need_is_the_same_line_in_both(target, shared):
 
 
 def test_the_lines_of_figure2_and_bundled_have_their_settings():
-    runs = [parse(command)[1] for command in list_commands("figure2")]
-    assert {args.label_fraction for args in runs if args.rewards == "labeled"} == {0.01, 0.05}
-    for command in list_commands("bundled"):
-        args = parse(command)[1]
-        assert (args.num_seeds, args.num_updates, args.eval_freq) == (3, 10_000, 1_000)
+    labeled = [line for line in list_commands("figure2") if "--rewards labeled" in line]
+    assert len(labeled) == 8 and sum("--label-fraction 0.05" in line for line in labeled) == 4
+    for line in list_commands("bundled"):
+        assert "--num-seeds 3 --num-updates 10000 --eval-freq 1000 " in line
 
 
 def test_controls_are_both_agents_with_zeros_and_means_on_every_dataset():
-    runs = [parse(command) for command in list_commands("controls")]
+    lines = list_commands("controls")
     for rewards in ("oracle", "imputed", "zero", "mean"):
-        for script in ("td3bc_imputed", "iql_imputed"):
-            same = [args for name, args in runs if (name, args.rewards) == (script, rewards)]
-            assert len({args.env_id for args in same}) == len(same) == 9
-    hidden = [args for _, args in runs if args.rewards != "oracle"]
-    assert {args.label_fraction for args in hidden} == {0.01}
+        for script in ("td3bc_imputed.py", "iql_imputed.py"):
+            same = [x.split() for x in lines if script in x and f"--rewards {rewards} " in x]
+            assert len({words[3] for words in same}) == len(same) == 9
+    hidden = [line for line in lines if "--rewards oracle" not in line]
+    assert all("--label-fraction 0.01 " in line for line in hidden)
 
 
-def test_labels_sweeps_fractions_with_both_reward_models():
-    runs = [parse(command)[1] for command in list_commands("labels", FRACTIONS="0.002 0.05")]
-    imputed = [args for args in runs if args.rewards == "imputed"]
-    sweep = {(args.reward_model, args.label_fraction, args.env_id) for args in imputed}
-    assert len(runs) == 10 and len(sweep) == len(imputed) == 8
-    assert {fraction for _, fraction, _ in sweep} == {0.002, 0.05}
-    assert {model for model, _, _ in sweep} == {"mlp", "gp"}
+@pytest.fixture(scope="module")
+def few_labels():
+    """The commands in each line of the target labels."""
+    lines = list_commands("labels", FRACTIONS="0.05 0.002", SEEDS=2)
+    return [parse_all(line) for line in lines]
+
+
+def test_labels_judges_the_reward_models_in_one_run_of_a_dataset(few_labels):
+    sweeps = [args for ((script, args), *_) in few_labels if getattr(args, "sweep", False)]
+    assert len({args.env_id for args in sweeps}) == len(sweeps) == 2
+    for args in sweeps:
+        assert (args.label_fraction, args.num_seeds) == (0.05, 2), "up to the most labels"
+
+
+def test_labels_trains_all_seeds_at_once_by_the_papers_reward_model(few_labels):
+    agents = [commands[0][1] for commands in few_labels if commands[0][0] == "td3bc_imputed"]
+    imputed = [args for args in agents if args.rewards == "imputed"]
+    runs = {(args.env_id, args.label_fraction) for args in imputed}
+    assert len(runs) == len(imputed) == 4
+    assert {args.num_seeds for args in imputed} == {2}
+
+
+def test_labels_completes_and_trains_by_the_gaussian_process_seed_by_seed(few_labels):
+    runs = set()
+    for (first, complete), (second, train) in (x for x in few_labels if len(x) == 2):
+        assert (first, second) == ("reward_model", "td3bc_imputed")
+        assert (complete.reward_model, train.num_seeds) == ("gp", 1)
+        assert complete.output_path == train.dataset_path and complete.env_id == train.env_id
+        assert complete.seed == train.seed and complete.run_dir != train.run_dir
+        assert train.label_fraction is None and train.rewards == "imputed"
+        runs.add((complete.env_id, complete.label_fraction, complete.seed))
+    assert len(runs) == 2 * 2 * 2
+    assert {seed for _, _, seed in runs} == {0, 1}
+
+
+def test_a_dataset_completed_from_another_file_is_not_taken_for_this_one(tmp_path):
+    completed = []
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "hopper-own.hdf5").touch()
+        settings = {"DATASETS": tmp_path / name, "RUNS": tmp_path / "runs", "FRACTIONS": "0.1"}
+        commands = [parse_all(line) for line in list_commands("labels", SEEDS=1, **settings)]
+        completed.append(commands[-1][0][1].output_path)
+    assert completed[0] != completed[1]
 
 
 def test_a_folder_of_files_replaces_the_datasets(tmp_path):
@@ -137,17 +200,18 @@ def test_a_folder_of_files_replaces_the_datasets(tmp_path):
     assert len(commands) == 14
     for line in commands:
         assert "--num-seeds 3 --num-updates 50 --eval-workers 4 --run-dir" in line
-    start = f"--env-id Pusher-v5 --rewards oracle --dataset-path {tmp_path}/Pusher-v5.hdf5"
+    start = f"--env-id Pusher-v5 --dataset-path {tmp_path}/Pusher-v5.hdf5 --rewards oracle"
     assert start in commands[0]
 
 
 def test_folders_are_those_that_the_caller_means_and_may_have_spaces(tmp_path):
     (tmp_path / "my data").mkdir()
     (tmp_path / "my data" / "hopper-own.hdf5").touch()
-    for line in list_commands("table1", DATASETS="my data", RUNS="my runs"):
-        args = parse(line)[1]
+    settings = {"FRACTIONS": "0.1", "SEEDS": 1}
+    for line in list_commands("labels", DATASETS="my data", RUNS="my runs", **settings):
+        args = parse_all(line)[0][1]
         assert args.dataset_path == tmp_path / "my data" / "hopper-own.hdf5"
-        assert args.run_dir.parent == tmp_path / "my runs"
+        assert args.run_dir.is_relative_to(tmp_path / "my runs")
 
 
 @pytest.mark.parametrize("words", [("list", "table2"), ("start", "table1"), ("", "")])
@@ -210,6 +274,36 @@ def test_a_run_of_table_1_is_not_repeated_for_the_controls(stand_in, tmp_path):
     new = calls(tmp_path)[7:]
     assert len(new) == 4
     assert all("__zero__" in call or "__mean__" in call for call in new)
+
+
+def test_a_dataset_is_completed_once_also_if_its_agent_is_run_again(stand_in, tmp_path):
+    data = make_data(tmp_path, "hopper-own")
+    settings = {"DATASETS": data, "FRACTIONS": "0.1", "SEEDS": 1, **stand_in}
+    # reward_model.py's run writes the completed dataset; the first training on it fails.
+    text = (tmp_path / "stand_in.sh").read_text()
+    fail = f"if [[ $* == *full.hdf5* && ! -e {tmp_path}/repaired ]]; then exit 2; fi"
+    complete = 'if [[ $* == *--output-path* ]]; then touch "$run_dir/full.hdf5"; exit; fi'
+    text = text.replace("if [[ $run_dir", f"{complete}; {fail}; if [[ $run_dir")
+    (tmp_path / "stand_in.sh").write_text(text)
+    assert "failed, 1 of 4:" in bash("run", "labels", code=1, **settings)
+    run_dir = tmp_path / "runs" / "hopper-own__td3bc__imputed-gp__0.1" / "seed0"
+    _, _, _, complete, train = [Path(call.split()[1]) for call in calls(tmp_path)]
+    assert complete.parent == train == run_dir
+    (tmp_path / "repaired").touch()
+    assert bash("run", "labels", **settings).count("finished before") == 3
+    assert [Path(call.split()[1]) for call in calls(tmp_path)[5:]] == [run_dir]
+    assert bash("run", "labels", **settings).count("finished before") == 4
+
+
+def test_a_dataset_that_could_not_be_completed_is_not_trained_on(stand_in, tmp_path):
+    settings = {"DATASETS": make_data(tmp_path, "hopper-own"), "FRACTIONS": "0.1", "SEEDS": 1}
+    text = (tmp_path / "stand_in.sh").read_text()
+    text = text.replace(
+        "if [[ $run_dir", "if [[ $* == *--output-path* ]]; then exit 2; fi; if [[ $run_dir"
+    )
+    (tmp_path / "stand_in.sh").write_text(text)
+    assert "failed, 1 of 4:" in bash("run", "labels", code=1, **settings, **stand_in)
+    assert len(calls(tmp_path)) == 4
 
 
 def test_a_run_killed_by_the_system_does_not_stop_the_others(stand_in, tmp_path):
@@ -313,13 +407,16 @@ def python(tmp_path_factory):
 
 
 @pytest.fixture
-def report(python, tmp_path):
+def report(python, monkeypatch, tmp_path):
     """`benchmark.sh report` of the runs in tmp_path, without a process of its own."""
 
-    def run(target, **settings):
-        run_dirs = [shlex.split(line)[-2] for line in list_commands(target, **settings)]
-        with redirect_stdout(StringIO()) as output:
-            python.main(target, [Path(run_dir) for run_dir in run_dirs])
+    def run(target, pictures=False, **settings):
+        run_dirs = [find_run_dir(line) for line in list_commands(target, **settings)]
+        with monkeypatch.context() as patch, redirect_stdout(StringIO()) as output:
+            for name in ("curves", "figure2", "overview", "labels"):
+                if not pictures:
+                    patch.setattr(python, f"draw_{name}", lambda *args: None)
+            python.main(target, run_dirs)
         return output.getvalue()
 
     return run
@@ -329,13 +426,14 @@ def make_run(folder, name, per_seed, **changes):
     """A finished run whose numbers are known; `changes` are to its config.json and result.json."""
     run_dir = folder / "runs" / "benchmark" / name
     run_dir.mkdir(parents=True)
-    common = {"num_updates": 20, "eval_episodes": 10}
-    result = {"metric": "score", "mean": np.mean(per_seed), "std": 0.0, "per_seed": per_seed}
-    result |= {"versions": VERSIONS, "script_sha256": HASHES[name.split("__")[1]]}
-    result |= {"reward_model": {"r2": [0.5] * len(per_seed)} if "imputed" in name else None}
-    config = {"num_seeds": len(per_seed), "batch_size": 256, "env_id": name.split("__")[0]}
-    (run_dir / "result.json").write_text(json.dumps(result | common | changes))
-    (run_dir / "config.json").write_text(json.dumps(config | common | changes))
+    result = {"metric": "score", "per_seed": per_seed, "versions": VERSIONS}
+    result |= {"mean": np.mean(per_seed), "std": np.std(per_seed)}
+    result |= {"reward_model": {"r2": [0.5] * len(per_seed) if "imputed" in name else []}}
+    config = {"num_updates": 20, "eval_episodes": 10, "batch_size": 256, "seed": 0}
+    config |= {"num_seeds": len(per_seed), "env_id": name.split("__")[0]}
+    config |= {"script_sha256": HASHES[name.split("__")[1]]}
+    (run_dir / "result.json").write_text(json.dumps(result | changes))
+    (run_dir / "config.json").write_text(json.dumps(config | changes))
     rows = ["update,seed,return,score"]
     for update in (10, 20):
         rows += [f"{update},{seed},{score},{score}" for seed, score in enumerate(per_seed)]
@@ -351,14 +449,6 @@ def find_row(output, *start):
         if cells and cells[: len(start)] == list(start):
             return dict(zip(header, cells))
     raise AssertionError(f"no row {start} in {output}")
-
-
-def make_data(folder, *names):
-    """A folder for DATASETS, of empty files."""
-    (folder / "data").mkdir()
-    for name in names:
-        (folder / "data" / f"{name}.hdf5").touch()
-    return folder / "data"
 
 
 @pytest.fixture(scope="module")
@@ -400,17 +490,23 @@ def test_the_interval_holds_95_of_100_resamples(python):
     assert python.interval(1 - one) == pytest.approx((1 / 3, 1))
 
 
-def test_the_figures_of_the_paper_are_all_right(python):
-    """By the sums of the columns of its Table 1."""
-    paper = python.read_scores(python.PAPER, python.PAPER_SETTINGS)
+def test_the_published_figures_are_all_right(python):
+    """By the sums of the columns of the paper's Table 1, and CORL's averages over the nine."""
+    paper, corl = python.read_published()
     sums = {name: sum(paper[key] for key in paper if key[1] == name) for _, name in paper}
     assert list(sums) == python.PAPER_SETTINGS
     expected = [466.7, 677.4, 692.6, 82.66, 103.56, 616.59, 439.42]
     assert list(sums.values()) == pytest.approx(expected)
+    means = [
+        np.mean([corl[key] for key in corl if key[1] == name]) for name in python.CORL_SETTINGS
+    ]
+    assert means == pytest.approx([50.40, 76.45, 81.63], abs=0.01)
 
 
 def test_names_of_datasets_may_hold_the_separator(python):
     assert python.split_name(Path("a__b__iql__oracle__1")) == ("a__b", "iql oracle 1")
+    path = Path("a__b__td3bc__imputed-gp__0.1", "seed3")
+    assert python.split_name(path) == ("a__b", "td3bc imputed-gp 0.1")
 
 
 def test_the_figures_of_the_paper_and_of_corl_stand_in_brackets(known):
@@ -487,7 +583,7 @@ def test_a_run_with_another_option_is_of_another_protocol(report, tmp_path, name
 
 
 def test_a_return_that_is_not_a_number_is_no_traceback(report, tmp_path):
-    make_run(tmp_path, f"{MINI}__td3bc__oracle__1", [1.0, 2.0, 3.0], mean=None, std=None)
+    make_run(tmp_path, f"{MINI}__td3bc__oracle__1", [1.0, 2.0, 3.0])
     path = Path(f"runs/benchmark/{MINI}__td3bc__oracle__1/result.json")
     path.write_text(path.read_text().replace('"per_seed": [1.0', '"per_seed": [null'))
     make_run(tmp_path, f"{MINI}__iql__oracle__1", [1.0, 2.0, 3.0])
@@ -498,17 +594,16 @@ def test_a_return_that_is_not_a_number_is_no_traceback(report, tmp_path):
 @pytest.mark.parametrize(
     ("target", "pictures"),
     [
-        ("figure2", ["figure2.png", "curves.png"]),
         ("controls", ["curves.png"]),
         ("bundled", ["overview.png", "figure2.png", "curves.png"]),
     ],
 )
-def test_every_target_has_a_table_and_its_pictures(report, tmp_path, target, pictures):
+def test_a_target_has_a_table_and_its_pictures(report, tmp_path, target, pictures):
     data = make_data(tmp_path, "hopper-a", "hopper-b")
     for k, command in enumerate(list_commands(target, DATASETS=data)):
-        run_dir = Path(shlex.split(command)[-2])
+        run_dir = find_run_dir(command)
         make_run(tmp_path, run_dir.name, [k + 1.0, k + 2.0, k + 3.0])
-    output = report(target, DATASETS=data)
+    output = report(target, pictures=True, DATASETS=data)
     assert "missing" not in output
     files = {f"{target}.csv", *pictures}
     assert set(os.listdir("results")) == files
@@ -548,35 +643,105 @@ def write_dataset(path, rows):
         file["timeouts"] = np.zeros(rows, bool)
 
 
-def test_labels_counts_them_and_gives_score_and_r2_of_both_models(report, tmp_path):
+def make_desk(folder, name, num_labels, table=()):
+    """What reward_model.py leaves: a sweep, or beside a completed dataset."""
+    run_dir = folder / "runs" / "benchmark" / name
+    run_dir.mkdir(parents=True)
+    (run_dir / "config.json").write_text("{}")
+    result = {"num_labels": num_labels, "table": list(table)}
+    (run_dir / "result.json").write_text(json.dumps(result))
+
+
+def test_labels_has_a_table_of_scores_and_one_of_r2_and_its_picture(report, tmp_path):
+    """The seeds of the Gaussian process are runs of their own, one result in the table."""
+    data = make_data(tmp_path, "hopper-own")
+    make_run(tmp_path, "hopper-own__td3bc__oracle__1", [20.0, 22.0])
+    make_run(tmp_path, "hopper-own__td3bc__imputed__0.01", [3.0, 5.0])
+    for seed, score in ((0, 6.0), (1, 10.0)):
+        name = f"hopper-own__td3bc__imputed-gp__0.01/seed{seed}"
+        make_run(tmp_path, name, [score], seed=seed)
+        make_desk(tmp_path, f"{name}/gp-1234", num_labels=1234)
+    table = []
+    for model, r2 in (("mlp", [0.25, 0.75]), ("gp", [0.8, 0.9]), ("linear", [None, 0.3])):
+        table.append({"labels": 1000, "model": model, "r2": r2})
+        table.append({"labels": 1234, "model": model, "r2": [0.9, 0.9]})
+    make_desk(tmp_path, "hopper-own__reward_model__sweep__0.1", 1234, table)
+    output = report("labels", DATASETS=data, FRACTIONS="0.1 0.01", SEEDS=2, pictures=True)
+    assert "5 of 8 runs" in output and "seed 0, num_seeds 2" in output
+    scores, r2s = output.split("Reward models:")
+    row = find_row(scores, "hopper-own", "1%")
+    assert row["labels"] == "1,234" and row["true rewards"] == "21.0 ± 1.0"
+    assert row["rewards by MLP"] == "4.0 ± 1.0" and row["rewards by GP"] == "8.0 ± 2.0"
+    row = find_row(r2s, "hopper-own", "1,000")
+    assert row["MLP"] == "0.500 ± 0.250" and row["GP"] == "0.850 ± 0.050"
+    assert row["linear"] == "nan ± nan"
+    assert find_row(r2s, "hopper-own", "1,234")["MLP"] == "0.900 ± 0.000"
+    assert output.count("missing: ") == 3 and "imputed-gp__0.1/seed1" in output
+    assert Path("results/labels.png").exists()
+    with open("results/labels.csv") as file:
+        rows = {row["rewards"]: row for row in csv.DictReader(file)}
+    assert rows["imputed-gp"]["seeds"] == "2" and rows["imputed-gp"]["mean"] == "8.0"
+
+
+def test_a_result_that_lacks_a_seed_is_not_compared_with_whole_ones(report, tmp_path):
+    data = make_data(tmp_path, "hopper-own")
+    make_run(tmp_path, "hopper-own__td3bc__oracle__1", [20.0, 22.0])
+    make_run(tmp_path, "hopper-own__td3bc__imputed__0.01", [3.0, 5.0])
+    make_run(tmp_path, "hopper-own__td3bc__imputed-gp__0.01/seed1", [99.0], seed=1)
+    output = report("labels", DATASETS=data, FRACTIONS="0.01", SEEDS=2)
+    assert "99.0" not in output and "- left out, seed 1, num_seeds 1: " in output
+    assert "missing: runs/benchmark/hopper-own__td3bc__imputed-gp__0.01/seed0" in output
+
+
+def test_one_seed_has_no_interval(report, tmp_path):
+    for setting in ("oracle__1", "imputed__0.01", "labeled__0.01"):
+        make_run(tmp_path, f"hopper-medium-v2__td3bc__{setting}", [5.0])
+    output = report("table1")
+    assert find_row(output, "hopper-medium-v2")["TD3+BC 1%"] == "5.0 (11.3)"
+    assert find_row(output, "TD3+BC 1%")["95% bootstrap interval"] == "needs several seeds"
+    assert "5.0 ±" not in output
+
+
+def test_one_thing_has_one_color_in_all_pictures(python):
+    assert python.REWARDS.keys() < python.COLORS.keys()
+    assert len(set(python.COLORS.values())) == len(python.COLORS)
+
+
+def test_the_runs_behind_the_readme_can_be_read(report, tmp_path):
+    """They are of older scripts, which wrote other files: the same numbers, in other places."""
+    data, runs = make_data(tmp_path, "hopper-medium-replay"), ROOT / ".github" / "runs"
+    output = report("figure2", DATASETS=data, RUNS=runs)
+    row = find_row(output, "hopper-medium-replay")
+    assert row["TD3+BC 100%"] == "32.6 ± 5.6" and row["IQL 1% + imputed"] == "31.6 ± 2.8"
+    assert row["BC"] == "18.0 ± 7.5" and row["IQL 1%"] == "3.3 ± 2.0"
+    path = runs / "hopper-medium-replay__bc__oracle__1" / "result.json"
+    assert f"td3bc_imputed.py {json.loads(path.read_text())['script_sha256'][:9]}" in output
+
+
+def test_the_lines_of_labels_leave_what_the_report_reads(report, tmp_path):
+    """For real, but with a process that has all scripts loaded already."""
     data = make_data(tmp_path, "hopper-own")
     write_dataset(data / "hopper-own.hdf5", rows=400)
-    path = {"dataset_path": str(data / "hopper-own.hdf5")}
-    make_run(tmp_path, "hopper-own__td3bc__oracle__1", [20.0, 22.0], **path)
-    mlp = {"reward_model": {"r2": [0.25, 0.75]}}
-    make_run(tmp_path, "hopper-own__td3bc__imputed__0.01", [3.0, 5.0], **path, **mlp)
-    make_run(tmp_path, "hopper-own__td3bc__imputed__0.1", [4.0, 6.0], **path, **mlp)
-    gp = {"reward_model": {"r2": [0.9, 0.8]}}
-    make_run(tmp_path, "hopper-own__td3bc__imputed-gp__0.01", [7.0, 7.0], **path, **gp)
-    output = report("labels", DATASETS=data, FRACTIONS="0.1 0.01 0.001")
-    few = find_row(output, "hopper-own", "1%")
-    assert few["labels"] == "4" and few["true rewards: score"] == "21.0 ± 1.0"
-    assert few["MLP: score"] == "4.0 ± 1.0" and few["MLP: R²"] == "0.500"
-    assert few["GP: score"] == "7.0 ± 0.0" and few["GP: R²"] == "0.850"
-    many = find_row(output, "hopper-own", "10%")
-    assert many["labels"] == "40" and many["MLP: score"] == "5.0 ± 1.0" and many["GP: R²"] == ""
-    assert "| 0.1% |" not in output, "no run of that fraction"
-    assert "missing: runs/benchmark/hopper-own__td3bc__imputed-gp__0.1" in output
-    assert Path("results/labels.png").exists()
-
-
-def test_labels_without_the_dataset_has_its_table_and_says_what_is_not_drawn(report, tmp_path):
-    data = make_data(tmp_path, "hopper-own")
-    make_run(tmp_path, "hopper-own__td3bc__imputed__0.01", [3.0, 5.0], dataset_path="moved.hdf5")
-    output = report("labels", DATASETS=data, FRACTIONS="0.01")
-    assert find_row(output, "hopper-own", "1%")["MLP: score"] == "4.0 ± 1.0"
-    assert "cannot be loaded: hopper-own, moved.hdf5" in output
-    assert not Path("results/labels.png").exists()
+    options = "--eval-episodes 1 --device cpu --compile off"
+    settings = {"SEEDS": 1, "UPDATES": 2, "OPTIONS": options, "FRACTIONS": "0.02"}
+    for line in list_commands("labels", DATASETS=data, **settings):
+        for script, args in parse_all(line):
+            if script == "reward_model" and args.output_path:
+                args.output_path.parent.mkdir(parents=True)
+            importlib.import_module(script).main(args)
+    output = report("labels", DATASETS=data, **settings)
+    assert "4 of 4 runs" in output and "missing" not in output and "left out" not in output
+    row = find_row(output, "hopper-own", "2%")
+    assert row["labels"] == "8" and row["rewards by GP"] != ""
+    assert find_row(output.split("Reward models:")[1], "hopper-own", "8")["MLP"] != ""
+    # The agent was trained on what was imputed from its own seed's labels.
+    run_dir = Path("runs/benchmark/hopper-own__td3bc__imputed-gp__0.02/seed0")
+    (path,) = run_dir.glob("gp-*/full.hdf5")
+    with h5py.File(path) as file, h5py.File(data / "hopper-own.hdf5") as source:
+        rows = td3bc_imputed.choose_labels(source["rewards"][:], 0.02, range(1))
+        np.testing.assert_array_equal(np.flatnonzero(file["labeled"]), rows[0])
+    config = json.loads((run_dir / "config.json").read_text())
+    assert (config["dataset_path"], config["seed"]) == (str(path), 0)
 
 
 def test_the_first_picture_shows_the_imputed_rewards_of_the_run_itself(python, report, tmp_path):
@@ -592,14 +757,26 @@ def test_the_first_picture_shows_the_imputed_rewards_of_the_run_itself(python, r
     assert num_labels == 4 and len(true) == len(imputed) == 396
     r2 = 1 - np.mean((imputed - true) ** 2) / np.var(true)
     assert r2 == pytest.approx(run.result["reward_model"]["r2"][0], abs=1e-5)
-    assert "cannot be loaded" not in report("table1", DATASETS=data)
+    assert "cannot be loaded" not in report("table1", pictures=True, DATASETS=data)
     assert Path("results/overview.png").exists()
 
 
-def test_a_dataset_without_imputed_rewards_does_not_break_the_first_picture(report, tmp_path):
-    make_run(tmp_path, "hopper-medium-v2__td3bc__oracle__1", [1.0, 2.0])
-    make_run(tmp_path, "walker2d-medium-v2__td3bc__imputed__0.01", [1.0, 2.0])  # no checkpoint
-    assert "results/overview.png" in report("table1")
+def test_the_first_picture_does_without_a_checkpoint_or_with_one_of_an_older_script(
+    python, tmp_path
+):
+    make_run(tmp_path, "hopper-a__td3bc__oracle__1", [1.0, 2.0])
+    make_run(tmp_path, "hopper-b__td3bc__imputed__0.01", [1.0, 2.0])
+    make_run(tmp_path, "hopper-c__td3bc__imputed__0.01", [1.0, 2.0])
+    path = Path("runs/benchmark/hopper-c__td3bc__imputed__0.01")
+    (path / "checkpoint.pt").write_bytes(b"of other names")
+    config = json.loads((path / "config.json").read_text())
+    del config["script_sha256"]
+    (path / "config.json").write_text(json.dumps(config))
+    found = map(python.read_run, sorted(path.parent.iterdir()))
+    axes = python.plt.figure().subplots()
+    runs = {(run.dataset, run.setting): run for run in found}
+    python.draw_rewards(axes, runs, ["hopper-a", "hopper-b", "hopper-c"])
+    assert axes.get_title().startswith("No run") and not axes.lines
 
 
 def test_bars_stand_beside_the_name_of_their_dataset_also_if_runs_are_missing(python, tmp_path):
@@ -625,9 +802,9 @@ def test_curves_of_returns_are_returns(python, tmp_path):
     make_run(tmp_path, "hopper-own__td3bc__oracle__1", [1.0, 3.0], metric="return")
     run = python.read_run(Path("runs/benchmark/hopper-own__td3bc__oracle__1"))
     rows = ["update,seed,return,score", "10,0,1.0,nan", "10,1,3.0,nan"]
-    (run.path / "scores.csv").write_text("\n".join(rows))
+    (run.paths[0] / "scores.csv").write_text("\n".join(rows))
     axes = python.plt.figure().subplots()
-    python.draw_curve(axes, run, ["1"])
+    python.draw_curve(axes, python.read_run(run.paths[0]), ["1"])
     assert axes.lines[0].get_ydata() == [2]
 
 
@@ -641,17 +818,10 @@ def test_bars_are_named_by_what_they_are(python, tmp_path):
     python.draw_bars(axes, runs, ["hopper-own"], "iql")
     handles, labels = axes.get_legend_handles_labels()
     widths = {label: handle[0].get_width() for handle, label in zip(handles, labels)}
-    assert widths == {"1% of rewards": 1, "1% + imputed": 2, "100%": 3}
+    assert widths == {"1%": 1, "1% + imputed": 2, "100%": 3}
 
 
 def test_without_a_finished_run_the_report_says_so(tmp_path):
-    shutil.copy(SCRIPT, tmp_path)
-    (tmp_path / "td3bc_imputed.py").touch()
-    output = bash("report", "bundled", code=1, script=tmp_path / "benchmark.sh")
-    assert "no finished run of bundled in runs/benchmark" in output
-
-
-def test_python_may_be_several_words(tmp_path):
-    python = f"env 'A=two words' {sys.executable}"
+    python = f"env 'A=two words' {sys.executable}"  # PYTHON may be several words
     output = bash("report", "bundled", 1, RUNS=tmp_path, PYTHON=python)
-    assert "no finished run of bundled" in output
+    assert f"no finished run of bundled in {tmp_path}" in output

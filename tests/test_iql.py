@@ -1,6 +1,7 @@
 """IQL: its update against a slow reference, initial weights, learning rate, reward scale."""
 
 import math
+import re
 
 import numpy as np
 import pytest
@@ -78,11 +79,11 @@ def test_four_updates_equal_the_reference(dtype, seed, options, value_shift):
     same_draws = torch.Generator().manual_seed(3)
     for k in range(4):
         script.set_actor_rate(agent, k, args)
-        script.update(agent, data, generator, args)
-        batch = script.sample(data, 32, same_draws)
+        losses = script.update(agent, data, generator, args)
+        batch = script.draw_batch(data, 32, same_draws)
         reference.update(*[tensor[seed] for tensor in batch])
 
-    assert_equal_up_to_rounding(agent, reference, seed)
+    assert_equal_up_to_rounding(agent, reference, losses, seed)
     assert not equal_parts(before, parameters_of(agent, seed)), "not trained"
 
 
@@ -101,11 +102,10 @@ def test_seeds_are_independent_to_the_bit(data):
 @pytest.mark.parametrize(("log_std", "clipped"), [(-50, -5), (50, 2)])
 def test_log_std_is_clipped(log_std, clipped, data, agent):
     agent.actor.log_std.data.fill_(log_std)
-    q = agent.value(data.observations).squeeze(-1)  # an advantage of 0, a weight of 1
-    loss = script.actor_loss(agent, data, q, script.Args())
+    q = agent.value(data.observations).detach()  # an advantage of 0, a weight of 1
+    loss = script.actor_backward(agent, data, q, script.Args())
 
-    mean = agent.actor(data.observations).tanh()
-    policy = torch.distributions.Normal(mean, math.exp(clipped))
+    policy = torch.distributions.Normal(agent.actor(data.observations), math.exp(clipped))
     log_prob = policy.log_prob(data.actions).sum(dim=-1)
     torch.testing.assert_close(loss, -log_prob.mean(dim=1), rtol=1e-4, atol=1e-3)
 
@@ -158,16 +158,13 @@ def test_observations_and_actions_go_in_as_they_are(agent):
         assert (network.std == 1).all()
 
 
-LARGE = "observations  columns [1, 4] are large; IQL does not normalise: rescale them\n"
-
-
-@pytest.mark.parametrize(("offset", "output"), [(0, ""), (1000, LARGE)])
-def test_large_observations_are_pointed_out(offset, output, data, capsys):
+@pytest.mark.parametrize(("offset", "warnings"), [(0, []), (1000, ["[1, 4]"])])
+def test_large_observations_are_pointed_out(offset, warnings, data, capsys):
     observations = data.observations.clone()
     observations[:, :, [1, 4]] += offset
     data = data._replace(observations=observations)
     script.Agent(data, script.make_generators(range(NUM_SEEDS), stream=2), script.Args())
-    assert capsys.readouterr().out == output
+    assert re.findall(r"^warning .*(\[.*\])", capsys.readouterr().out, re.MULTILINE) == warnings
 
 
 # --- The actor's learning rate ---
@@ -204,30 +201,36 @@ def test_a_rate_of_zero_moves_the_actor_no_more_also_after_a_checkpoint(data, ag
 
 
 # --- The reward scale ---
-def make_dataset(rewards, episode_ids):
-    """A Dataset of which only rewards and episodes matter."""
-    fields = dict.fromkeys(script.Dataset._fields)
-    fields["rewards"] = np.float32(rewards)
-    fields["episode_ids"] = np.array(episode_ids)
-    return script.Dataset(**fields)
-
-
 def test_rewards_are_scaled_by_1000_over_the_range_of_the_returns_that_the_agent_sees():
-    dataset = make_dataset(rewards=[1, 2, 3, 4, 5], episode_ids=[0, 0, 1, 1, 1])
-    labeled = np.array([[0, 1], [2, 3]])
-    all_rewards = [1, 2, 3, 4, 5]  # returns 3 and 12
-    labels_and_zeros = [0, 0, 3, 4, 0]  # returns 0 and 7
-    rewards = np.float32([all_rewards, labels_and_zeros])
-    scale = script.reward_scale(rewards, labeled, dataset, labeled_only=False)
-    expected = [[1000 / (12 - 3)], [1000 / (7 - 0)]]
-    np.testing.assert_allclose(scale, expected, rtol=1e-6)
+    episode_ids = np.array([0, 0, 1, 1, 1])
+    label_rows = np.array([[0, 1], [2, 3]])
+    all_rewards = [1.0, 2.0, 3.0, 4.0, 5.0]  # returns 3 and 12
+    labels_and_zeros = [0.0, 0.0, 3.0, 4.0, 0.0]  # returns 0 and 7
+    rewards = np.array([all_rewards, labels_and_zeros])
+    scale = script.reward_scale(rewards, label_rows, episode_ids, labeled_only=False)
+    np.testing.assert_allclose(scale, [[1000 / (12 - 3)], [1000 / (7 - 0)]])
 
 
 def test_of_labels_alone_a_return_is_the_mean_of_an_episodes_labels_times_its_length():
-    dataset = make_dataset(rewards=[1, 2, 3, 4, 5, 9], episode_ids=[0, 0, 1, 1, 1, 2])
-    labeled = np.array([[1, 2, 4]])
-    rewards = np.float32([[0, 2, 3, 0, 5, 0]])
-    scale = script.reward_scale(rewards, labeled, dataset, labeled_only=True)
+    episode_ids = np.array([0, 0, 1, 1, 1, 2])
+    label_rows = np.array([[1, 2, 4]])
+    rewards = np.array([[0.0, 2.0, 3.0, 0.0, 5.0, 0.0]])
+    scale = script.reward_scale(rewards, label_rows, episode_ids, labeled_only=True)
     first = 2 * 2  # its only label is 2
     second = 3 * 4  # its labels are 3 and 5; the third episode has none
-    np.testing.assert_allclose(scale, [[1000 / (second - first)]], rtol=1e-6)
+    np.testing.assert_allclose(scale, [[1000 / (second - first)]])
+
+
+@pytest.mark.parametrize(
+    ("rewards", "episode_ids", "labeled_only"),
+    [
+        ([1.0, 2.0, 2.0, 1.0], [0, 0, 1, 1], False),  # equal returns
+        ([0.1, 0.2, 0.3, 0.3, 0.2, 0.1], [0, 0, 0, 1, 1, 1], False),  # equal but for rounding
+        ([1.0, 2.0, 3.0, 4.0], [0, 0, 0, 0], False),  # one episode
+        ([1.0, 2.0, 0.0, 0.0], [0, 0, 1, 1], True),  # one that has labels
+    ],
+)
+def test_without_different_returns_there_is_no_scale(rewards, episode_ids, labeled_only):
+    inputs = np.array([rewards]), np.array([[0, 1]]), np.array(episode_ids)
+    with pytest.raises(script.UserError, match="--no-scale-rewards"):
+        script.reward_scale(*inputs, labeled_only)
