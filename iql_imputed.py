@@ -26,6 +26,7 @@ what stands between is skipped at a first reading. td3bc_imputed.py is the twin 
 """
 
 import hashlib
+import io
 import json
 import math
 import os
@@ -61,11 +62,10 @@ class Args:
     env_id: str | None = None  # a D4RL name or a Minari id (none: the bundled dataset)
     dataset_path: Path | None = None  # a D4RL-schema HDF5 file; env_id then names its simulator
     # --- Rewards
-
+    label_fraction: float | None = None  # share of known rewards used (0.01; of your own data, 1)
     # imputed: rewards without a label are predicted; labeled: the agent sees only what has a label;
     # oracle: it sees every reward; zero, mean (controls): the others are 0, or the labels' mean.
     rewards: Literal["imputed", "labeled", "oracle", "zero", "mean"] = "imputed"
-    label_fraction: float | None = None  # share of known rewards used (0.01; of your own data, 1)
     scale_rewards: bool = True  # multiply by 1000 / (range of episode returns), as the original
     reward_hidden_dim: int = 256  # width of the reward model's two hidden layers
     reward_epochs: int = 300  # draws of each label in the reward model's fit, about
@@ -267,8 +267,7 @@ def complete_rewards(kind: str, rewards, label_rows, predicted) -> np.ndarray:
     mean = labels.mean(axis=1, keepdims=True)
     # Of labeled, main() drops the other transitions.
     others = {"imputed": predicted, "labeled": 0.0, "oracle": rewards, "zero": 0.0, "mean": mean}
-    completed = np.empty((len(labels), len(rewards)))
-    completed[:] = others[kind]
+    completed = np.broadcast_to(others[kind], (len(labels), len(rewards))).copy()
     np.put_along_axis(completed, label_rows, labels, axis=1)
     require(not np.isnan(completed).any(), f"--rewards {kind} needs every reward: some are NaN")
     return completed
@@ -295,11 +294,9 @@ def reward_scale(rewards, label_rows, episode_ids, labeled_only: bool) -> np.nda
     scales = []
     for seed_rewards, rows in zip(rewards, label_rows):
         if labeled_only:  # estimated: the mean of an episode's labels times its length
-            ids = episode_ids[rows]
-            counts = np.bincount(ids, minlength=len(lengths))
-            sums = np.bincount(ids, weights=seed_rewards[rows], minlength=len(lengths))
-            seen = counts > 0
-            returns = sums[seen] / counts[seen] * lengths[seen]
+            label_ids = episode_ids[rows]
+            episodes, ids, counts = np.unique(label_ids, return_inverse=True, return_counts=True)
+            returns = np.bincount(ids, seed_rewards[rows]) / counts * lengths[episodes]
         else:
             returns = np.bincount(episode_ids, weights=seed_rewards)
         differ = np.ptp(returns) > 1e-6 * np.abs(returns).max()
@@ -702,7 +699,6 @@ class Policy(dict):
         return actions.clip(low, high).astype(self["low"].dtype)
 
     def network(self, observations: np.ndarray) -> np.ndarray:
-        """What Actor computes."""
         x = (np.float32(observations) - self["mean"][0]) / self["std"][0]
         x = np.maximum(x @ self["layer1.weight"] + self["layer1.bias"][0], 0)
         x = np.maximum(x @ self["layer2.weight"] + self["layer2.bias"][0], 0)
@@ -747,9 +743,17 @@ def evaluate(play, paths: list, env_spec, dataset: Dataset, num_episodes: int) -
     return returns.tolist(), scores.tolist()
 
 
-def init_worker():
-    """Leave Ctrl-C to the training process, and end when it ends, even if it is killed."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def start_workers(num_workers):
+    os.environ["OMP_NUM_THREADS"] = "1"  # for workers, which read it when they start
+    workers = ProcessPoolExecutor(num_workers, get_context("spawn"), end_with_parent)
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # workers leave Ctrl-C to this process
+    workers.map(abs, range(num_workers))  # starts them
+    signal.signal(signal.SIGINT, handler)
+    return workers
+
+
+def end_with_parent():
+    """In a worker: end when the training process ends, even if it is killed."""
 
     def wait():
         parent_process().join()
@@ -837,18 +841,15 @@ def choose_device(args: Args) -> torch.device:
 
 
 def compile_losses(agent: Agent, data: Transitions, args: Args) -> bool:
-    """Compile the functions that take the time, if that is wanted, pays, and works."""
+    """Compile the functions that take the time, if that is wanted, pays (22 s), and works."""
     global target_q, value_backward, actor_backward, critic_backward
-    is_long = args.num_updates >= 25_000  # 22 s on two cores are won back by then
-    if args.compile == "off" or (args.compile == "auto" and not is_long):
+    if args.compile == "off" or (args.compile == "auto" and args.num_updates < 25_000):
         return False
     as_written = target_q, value_backward, actor_backward, critic_backward
     torch._dynamo.config.trace_autograd_ops = True  # private: lets backward() be compiled
     warnings.filterwarnings("ignore", "TensorFloat32")  # not wanted
-    target_q = torch.compile(target_q, fullgraph=True, dynamic=False)
-    value_backward = torch.compile(value_backward, fullgraph=True, dynamic=False)
-    actor_backward = torch.compile(actor_backward, fullgraph=True, dynamic=False)
-    critic_backward = torch.compile(critic_backward, fullgraph=True, dynamic=False)
+    compiled = [torch.compile(f, fullgraph=True, dynamic=False) for f in as_written]
+    target_q, value_backward, actor_backward, critic_backward = compiled
     try:  # now, on a copy of the agent
         update(deepcopy(agent), data, torch.Generator(data.rewards.device), args)
     except Exception as error:  # noqa: BLE001 (compilers fail in many ways)
@@ -965,10 +966,7 @@ def main(args: Args):
     # 4. Training, and every eval_freq updates an evaluation and a checkpoint.
     tracker = start_tracking(run_dir, config, state["track_id"]) if args.track else None
     (run_dir / "config.json").write_text(json.dumps(config, indent=2))
-    play = map
-    if args.eval_workers > 0:
-        os.environ["OMP_NUM_THREADS"] = "1"  # for workers, which read it when they start
-        play = ProcessPoolExecutor(args.eval_workers, get_context("spawn"), init_worker).map
+    play = start_workers(args.eval_workers).map if args.eval_workers else map
     header = "update,seed,return,score"
     metric = "return" if (dataset.ref_min, dataset.ref_max) == (0, 100) else "score"
     paths = [run_dir / f"policy_seed{seed}.npz" for seed in seeds]
@@ -1008,8 +1006,9 @@ def main(args: Args):
             "generator": generator.get_state(),
             "track_id": tracker.id if tracker else None,
         }
-        with open(run_dir / "checkpoint.tmp", "wb") as file:
-            torch.save(checkpoint, file)
+        buffer = io.BytesIO()  # of a full disk, torch.save() itself says nothing clear
+        torch.save(checkpoint, buffer)
+        (run_dir / "checkpoint.tmp").write_bytes(buffer.getbuffer())
         os.replace(run_dir / "checkpoint.tmp", run_dir / "checkpoint.pt")  # never half of one
 
     # 5. The result: the last evaluation, never the best.
