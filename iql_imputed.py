@@ -288,7 +288,7 @@ def imputation_r2(predicted, rewards, label_rows) -> list:
     return r2.tolist()
 
 
-def reward_scale(rewards, label_rows, episode_ids, labeled_only: bool) -> np.ndarray:
+def reward_scale(rewards, label_rows, episode_ids, labeled_only) -> np.ndarray:
     """1000 / (largest - smallest episode return) for each seed, (seeds, 1), as IQL's original."""
     lengths = np.bincount(episode_ids)
     scales = []
@@ -803,7 +803,7 @@ def start_tracking(run_dir: Path, config: dict, run_id: str | None):
         raise UserError(f"Weights & Biases: {error} (or set WANDB_MODE=offline)") from error
 
 
-def mean_and_std(values) -> str:
+def mean_and_std(values):
     return f"{np.mean(values):.1f}" + (f" ± {np.std(values):.1f}" if len(values) > 1 else "")
 
 

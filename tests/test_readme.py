@@ -60,7 +60,7 @@ def test_a_hundred_labels_go_from_file_to_policy_as_written(tmp_path, monkeypatc
     Path("snippet.py").write_text(own_log)
     runpy.run_path("snippet.py")
     for command in PYTHON_COMMANDS:
-        if "my_log.hdf5" in command:
+        if "my_log.hdf5" in command or "full.hdf5" in command:
             module, args = parse(command, SHORT)
             module.main(args)
     Path("snippet.py").write_text(policy)
