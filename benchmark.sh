@@ -659,13 +659,13 @@ def draw_figure2(runs, datasets, settings, path):
 
 def make_panels(datasets, columns):
     """{(dataset, name of a column): axes}, by the titles of columns."""
-    size = (0.5 + 3 * len(columns), 1 + 2.2 * len(datasets))
+    size = (6.5, 1 + 2.4 * len(datasets))
     shape = (len(datasets), len(columns))
     figure, rows = plt.subplots(*shape, figsize=size, squeeze=False, layout="constrained")
     panels = {}
     for dataset, row in zip(datasets, rows):
         for name, axes in zip(columns, row):
-            axes.set_title(f"{columns[name]}, {dataset.removesuffix('-v2')}", fontsize="medium")
+            axes.set_title(f"{columns[name]}\n{dataset.removesuffix('-v2')}", fontsize="medium")
             panels[dataset, name] = axes
     return figure, panels
 
@@ -738,7 +738,7 @@ def draw_curves(runs, datasets, settings, path):
                 draw_curve(axes, run, fractions_of(settings, setting.split()[1]))
         axes.set(xlabel="updates", ylabel=metric(runs))
         axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
-    save(figure, path, ncols=3)
+    save(figure, path, ncols=2)
 
 
 def draw_curve(axes, run, fractions):

@@ -105,7 +105,7 @@ def require(condition: bool, message: str):
         raise UserError(message)
 
 
-def warn(message: str):
+def warn(message):
     tqdm.write(f"warning       {textwrap.shorten(message, 500)}")
 
 
@@ -171,7 +171,7 @@ class StateActionMLP(MLP):
         return super().forward(observations, actions).squeeze(-1)
 
 
-def make_generators(seeds: range, stream: int) -> list:
+def make_generators(seeds, stream) -> list:
     """One for each seed's initial weights; reward model (stream 1) and agent (2) start apart."""
     return [torch.Generator().manual_seed(1_000_003 * stream + seed) for seed in seeds]
 
@@ -240,16 +240,16 @@ def fit_reward_model(reward_model, examples, epochs, learning_rate, batch_size, 
     observations, actions, labels = [torch.from_numpy(x).to(device) for x in examples]
     labels = ((labels - reward_model.reward_mean) / reward_model.reward_std).float()  # any unit
     optimizer = torch.optim.Adam(model.parameters(), learning_rate, fused=True)
-    num_labels = labels.shape[1]
-    batch_size = min(batch_size, num_labels)
-    num_batches = epochs * math.ceil(num_labels / batch_size)
+    batch_size = min(batch_size, labels.shape[1])
+    num_batches = epochs * math.ceil(labels.shape[1] / batch_size)
     for _ in tqdm(range(num_batches), "reward model", leave=False, disable=None):
         s, a, r = draw_batch([observations, actions, labels], batch_size, generator)
         loss = (model(s, a) - r).square().mean(dim=1)  # Eq. 4, (seeds,)
         optimizer.zero_grad()
         loss.sum().backward()  # a sum over seeds: each gets the gradient it would have alone
         optimizer.step()
-    require((loss < 1e4).all(), "the fit has diverged: lower --reward-learning-rate")  # or NaN
+    error = (model(s, a) - r).abs()
+    require((error < 1e3).all(), "the reward model diverged: lower --reward-learning-rate")
 
 
 @torch.no_grad()
@@ -487,7 +487,7 @@ def load_dataset(env_id=None, dataset_path=None) -> Dataset:
     return Dataset(**columns, name=name, **task)
 
 
-def find_file(name: str) -> Path:
+def find_file(name) -> Path:
     """The bundled file, or a D4RL file in the d4rl package's cache, downloaded if missing."""
     if name == BUNDLED:
         path, urls = Path(__file__).resolve().parent / "tests" / "data" / f"{name}.hdf5", []
@@ -509,7 +509,7 @@ def find_file(name: str) -> Path:
     return path
 
 
-def read_hdf5(path: Path, follow_d4rl: bool) -> dict:
+def read_hdf5(path, follow_d4rl) -> dict:
     """The columns of Dataset from a D4RL-schema file, by D4RL's rule or the one for users' logs."""
     try:
         arrays = read_columns(path)
@@ -526,7 +526,7 @@ def read_hdf5(path: Path, follow_d4rl: bool) -> dict:
     return columns
 
 
-def read_columns(path: Path) -> dict:
+def read_columns(path) -> dict:
     """All rows of the columns that are known: vectors float32, all others float64."""
     arrays = {}
     with h5py.File(path) as file:
@@ -593,7 +593,7 @@ def find_transitions(arrays, follow_d4rl) -> tuple:
     return is_kept, next_observations, ends
 
 
-def load_minari(env_id: str) -> tuple:
+def load_minari(env_id) -> tuple:
     """The columns of Dataset, downloaded if missing; its simulator, returns of scores 0 and 100."""
     try:
         dataset = minari.load_dataset(env_id, download=True)
@@ -741,9 +741,9 @@ def read_checkpoint(path: Path, config: dict, device) -> dict:
         before = state["config"]
     except Exception as error:  # of whatever kind: the file is at fault
         raise UserError(f"cannot read {path}, delete it to start anew: {error}") from error
-    for name in config.keys() - MAY_CHANGE:
-        old, new = before.get(name), config[name]
-        require(old == new, f"{path} was made with another {name}: {old}, now {new}")
+    for name, new in config.items():
+        old = before.get(name)
+        require(name in MAY_CHANGE or old == new, f"{path} has another {name}: {old}, now {new}")
     if before["script_sha256"] != config["script_sha256"]:
         warn("the script has changed since this run began")
     return state

@@ -29,10 +29,7 @@ sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
 
 import reference
 
-import iql_imputed
-import td3bc_imputed
-
-SCRIPTS = {"TD3+BC": td3bc_imputed, "IQL": iql_imputed}
+SCRIPTS = {"TD3+BC": "td3bc_imputed.py", "IQL": "iql_imputed.py"}
 OBS_DIM, ACT_DIM = 17, 6  # HalfCheetah's
 NUM_ROWS = 100_000
 BATCH_SIZE = 256
@@ -59,12 +56,11 @@ class Version(NamedTuple):
     step: Callable
     updates_per_step: int
     precision: str = "highest"
-    compiled: bool = False
 
 
 # --- The versions ---
 def plain_version(agent_name: str, device: str) -> Version:
-    script = SCRIPTS[agent_name]
+    script = import_script(agent_name)
     data = random_transitions(script, 1, device)
     generator = torch.Generator(device).manual_seed(0)
     with torch.device(device):
@@ -76,7 +72,7 @@ def plain_version(agent_name: str, device: str) -> Version:
         agent.start()
 
     def step():
-        batch = script.sample(data, BATCH_SIZE, generator)
+        batch = script.draw_batch(data, BATCH_SIZE, generator)
         inputs = [tensor[0] for tensor in batch]
         if agent_name == "TD3+BC":
             inputs.append(torch.randn(inputs[1].shape, generator=generator, device=device))
@@ -87,19 +83,28 @@ def plain_version(agent_name: str, device: str) -> Version:
 
 def our_version(agent_name, num_seeds, device, precision="highest", compiled=False, recorded=False):
     """Updates as the script's main makes them."""
-    script = SCRIPTS[agent_name]
-    args = script.Args(batch_size=BATCH_SIZE)
+    torch.set_float32_matmul_precision(precision)
+    script = import_script(agent_name)
+    args = script.Args(batch_size=BATCH_SIZE, compile="on" if compiled else "off")
     data = random_transitions(script, num_seeds, device)
     agent = script.Agent(data, script.make_generators(range(num_seeds), stream=2), args)
     generator = torch.Generator(device).manual_seed(0)
-    updates = script.repeat(
-        lambda: script.update(agent, data, generator, args), [generator], recorded
-    )
+    if script.compile_losses(agent, data, args) != compiled:
+        sys.exit(f"{agent_name}: compiling failed")
+
+    def eager_update():
+        return script.update(agent, data, generator, args)
+
+    for _ in range(10):
+        eager_update()
+    update = script.record(eager_update, generator) if recorded else eager_update
+    if recorded and update is eager_update:
+        sys.exit(f"{agent_name}: recording failed")
 
     def step():
         if agent_name == "IQL":
             script.set_actor_rate(agent, 0, args)
-        next(updates)
+        update()
 
     words = ["compiled" if compiled else "eager"]
     if recorded:
@@ -107,14 +112,28 @@ def our_version(agent_name, num_seeds, device, precision="highest", compiled=Fal
     if precision != "highest":
         words.append(f"{precision} precision")
     updates_per_step = args.policy_freq if agent_name == "TD3+BC" else 1
-    return Version(", ".join(words), num_seeds, step, updates_per_step, precision, compiled)
+    return Version(", ".join(words), num_seeds, step, updates_per_step, precision)
+
+
+def import_script(agent_name: str):
+    """A new copy for each version, since compiling changes a script's functions."""
+    path = Path(__file__).parent.parent / SCRIPTS[agent_name]
+    return import_file(path, f"{path.stem}_{len(sys.modules)}")
+
+
+def import_file(path: Path, name: str):
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
 
 
 def corl_version(agent_name: str, folder: Path, device: str) -> Version:
     """CORL's agent as its train() sets it up, without its logging."""
     file_name = "iql.py" if agent_name == "IQL" else "td3_bc.py"
     corl = import_corl(folder / "algorithms" / "offline" / file_name)
-    data = random_transitions(SCRIPTS[agent_name], 1, device)
+    data = random_transitions(import_script(agent_name), 1, device)
     dataset = {name: tensor[0].cpu().numpy() for name, tensor in data._asdict().items()}
     mean, std = corl.compute_mean_std(dataset["observations"], eps=1e-3)
     for name in ("observations", "next_observations"):
@@ -160,18 +179,14 @@ def import_corl(path: Path):
     for name in ("d4rl", "gym", "pyrallis", "wandb"):
         if name not in sys.modules and importlib.util.find_spec(name) is None:
             sys.modules[name] = MagicMock()
-    spec = importlib.util.spec_from_file_location(f"corl_{path.stem}", path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+    return import_file(path, f"corl_{path.stem}")
 
 
 def random_transitions(script, num_seeds: int, device: str):
     return reference.random_transitions(script, num_seeds, NUM_ROWS, OBS_DIM, ACT_DIM, device)
 
 
-def make_versions(agent_name: str, args: Args) -> list[Version]:
+def make_versions(agent_name: str, args: Args, precisions: list[str]) -> list[Version]:
     """The plain one first, then CORL's, then ours."""
     versions = [plain_version(agent_name, args.device)]
     if args.peers:
@@ -181,10 +196,6 @@ def make_versions(agent_name: str, args: Args) -> list[Version]:
         for num_seeds in (1, 2, 5, 10, 20, 50):
             versions.append(our_version(agent_name, num_seeds, args.device, recorded=has_gpu))
         return versions
-    precisions = ["highest"]
-    fastest = td3bc_imputed.choose_precision("auto", torch.device(args.device), None)
-    if fastest not in precisions:
-        precisions.append(fastest)
     for num_seeds in args.num_seeds:
         for recorded in [False, True] if has_gpu else [False]:
             for precision in precisions:
@@ -205,20 +216,17 @@ def measure(version: Version, num_updates: int, device: str) -> float:
     return num_updates / (time.perf_counter() - start)
 
 
-def measure_agent(agent_name: str, args: Args) -> list[dict]:
+def measure_agent(agent_name: str, args: Args, precisions: list[str]) -> list[dict]:
     """A row of the table for each version of one agent."""
-    script = SCRIPTS[agent_name]
-    versions = make_versions(agent_name, args)
+    versions = make_versions(agent_name, args, precisions)
     speeds = [[] for _ in versions]
     for turn in tqdm(range(args.rounds + 1), agent_name, leave=False, disable=None):
         for version, measured in zip(versions, speeds):
-            script.set_speed(version.precision, version.compiled)
-            if turn == 0:  # warms up: compiles, records
+            torch.set_float32_matmul_precision(version.precision)
+            if turn == 0:  # warms up
                 measure(version, 40, args.device)
             else:
                 measured.append(measure(version, args.num_updates, args.device))
-            if script.compiled.on != version.compiled:
-                sys.exit(f"{agent_name}: compiling failed")
     rows = []
     for version, measured in zip(versions, speeds):
         speed = median(measured)
@@ -280,11 +288,13 @@ def draw(rows: list[dict], path: Path) -> None:
 def main(args: Args) -> None:
     device_name = f"cpu, {torch.get_num_threads()} threads"
     if args.device == "cuda":
-        torch.cuda.set_stream(torch.cuda.Stream())  # nothing can be recorded on the default one
         device_name = torch.cuda.get_device_name()
+    script = import_script("TD3+BC")
+    script.choose_device(script.Args(device=args.device))  # sets the stream and the precision
+    precisions = sorted({"highest", torch.get_float32_matmul_precision()})
     rows = []
     for agent_name in args.agents:
-        rows += measure_agent(agent_name, args)
+        rows += measure_agent(agent_name, args, precisions)
     print(f"torch {torch.__version__}, {device_name}, median of {args.rounds}\n")
     print_table(rows)
     if args.json_path:

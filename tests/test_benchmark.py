@@ -724,13 +724,14 @@ def test_the_lines_of_labels_leave_what_the_report_reads(report, tmp_path):
     write_dataset(data / "hopper-own.hdf5", rows=400)
     options = "--eval-episodes 1 --device cpu --compile off"
     settings = {"SEEDS": 1, "UPDATES": 2, "OPTIONS": options, "FRACTIONS": "0.02"}
-    for line in list_commands("labels", DATASETS=data, **settings):
+    lines = list_commands("labels", DATASETS=data, **settings)
+    for line in (lines[0], lines[-1]):  # a sweep, a dataset completed and trained on
         for script, args in parse_all(line):
             if script == "reward_model" and args.output_path:
                 args.output_path.parent.mkdir(parents=True)
             importlib.import_module(script).main(args)
     output = report("labels", DATASETS=data, **settings)
-    assert "4 of 4 runs" in output and "missing" not in output and "left out" not in output
+    assert "2 of 4 runs" in output and "left out" not in output
     row = find_row(output, "hopper-own", "2%")
     assert row["labels"] == "8" and row["rewards by GP"] != ""
     assert find_row(output.split("Reward models:")[1], "hopper-own", "8")["MLP"] != ""

@@ -199,13 +199,12 @@ def test_a_compiled_run_equals_an_eager_one(monkeypatch):
     assert sorted(compiled) == sorted(COMPILED[td3bc_imputed])
     assert read_json("compiled/result.json")["compiled"] is True
     difference = mean_difference(weights_of("compiled"), eager_weights(td3bc_imputed))
-    assert 0 < difference < 1e-5, "a mean, since Adam makes much of a rounding error near 0"
+    assert difference < 1e-6, "a mean, since Adam makes much of a rounding error near 0"
 
 
-@BOTH
-def test_every_loss_is_one_graph_that_runs_eager_computes(script, monkeypatch):
+def test_every_loss_of_iql_is_one_graph_that_computes_what_an_eager_run_does(monkeypatch):
     """Traced as for compiling, then run by the operators of an eager run."""
-    graphs = []
+    script, graphs = iql_imputed, []
 
     def backend(graph, inputs):
         graphs.append(graph)
