@@ -25,7 +25,6 @@ import td3bc_imputed
 
 NUM_ROWS, SEEDS, CPU = 400, range(2), torch.device("cpu")
 KINDS = ["mlp", "gp", "linear"]
-ROLLOUT = ["observations", "actions", "next_observations", "terminals", "episode_ids"]
 
 
 # --- A small log ---
@@ -328,7 +327,7 @@ def test_calibration_is_the_share_within_two_std_drawn_from_the_whole_log():
     dataset = make_dataset(np.zeros(4000), [0], observations=zeros, actions=zeros)
     predicted = np.repeat([[0, 1.9, -2.1, 9], [9, 9, 9, 9]], 1000, axis=1)
     share = script.share_inside(model, predicted, dataset, np.arange(4000) < 3000)
-    assert share == pytest.approx(2 / 3, abs=0.06), "four std of a share of 1,000"
+    assert share == pytest.approx(2 / 3, abs=0.03), "two std of a share of 1,000"
 
 
 def test_with_labels_in_20_episodes_held_out_r2_is_near_the_truth():
@@ -401,7 +400,7 @@ def test_it_says_in_how_many_episodes_labels_lie(num_episodes, length, rows, cap
     run(f"{OWN} --run-dir run --output-path full.hdf5")
     result, output = read_json("run/result.json"), capsys.readouterr().out
     assert f"{num_episodes} episode(s)" in output
-    assert ("warning" in output) == (num_episodes < 5)
+    assert bool(re.search("warning .*episodes", output)) == (num_episodes < 5)
     verdict, advice = re.findall("^(?:verdict|next) .*", output, re.MULTILINE)
     assert ("nothing can tell" in verdict) == (num_episodes == 1)
     assert num_episodes > 1 or "label transitions of other episodes" in advice, "no winner"
@@ -520,16 +519,6 @@ def make_minari(**settings):
     minari.create_dataset_from_buffers("tests/wide-v0", episodes, env="Wide-v0", **settings)
 
 
-def test_a_minari_source_becomes_a_minari_dataset_of_the_same_transitions():
-    make_minari()
-    run("--env-id tests/wide-v0 --label-fraction 0.5 --output-minari-id my/full-v0")
-    source, made = [script.load_dataset(name) for name in ("tests/wide-v0", "my/full-v0")]
-    for name in ROLLOUT:
-        assert_array_equal(getattr(made, name), getattr(source, name), name)
-    label_rows = script.choose_labels(source.rewards, 0.5, range(1))[0]
-    assert_array_equal(made.rewards[label_rows], source.rewards[label_rows])
-
-
 NAMES = {None: None, "own_envs:Wide-v0": "Wide-v0", "hopper-medium-v2": "Hopper-v4"}
 
 
@@ -543,7 +532,7 @@ def test_a_file_becomes_a_minari_dataset_of_the_same_transitions_and_simulator(e
     simulator = f"--env-id {env_id}" if env_id else ""
     run(f"{SOME} {simulator} --output-minari-id my/full-v0 --output-path full.hdf5")
     source, made = load("full.hdf5"), script.load_dataset("my/full-v0")
-    for name in ROLLOUT[:4]:
+    for name in ("observations", "actions", "next_observations", "terminals"):
         assert_array_equal(getattr(made, name), getattr(source, name), name)
     assert_allclose(made.rewards, source.rewards, rtol=1e-6)  # float64, float32
     assert (made.simulator and made.simulator.env_spec.id) == NAMES[env_id]
