@@ -31,7 +31,7 @@ import reward_model
 import td3bc_imputed
 
 OWN = "--env-id own_envs:Wide-v0 --dataset-path own.hdf5"
-BUNDLED = "--env-id None --dataset-path None"
+BUNDLED = "--env-id None --dataset-path None --label-fraction 0.01"
 SMALL = f"{OWN} --label-fraction 0.2 --reward-epochs 3 --batch-size 16 --eval-episodes 3"
 SMALL += " --num-updates 2 --device cpu --compile off --run-dir run"  # later options win
 DEFAULT = "--label-fraction None --no-scale-rewards"  # the default fraction
@@ -416,7 +416,7 @@ def test_a_full_disk_is_one_line_and_keeps_the_last_checkpoint(monkeypatch, asse
 
 def test_a_learning_rate_of_a_million_is_named_with_the_update(script, assert_one_line):
     options = "--learning-rate 1e6 --num-updates 1000 --eval-freq 20"
-    for data in ("", f"{BUNDLED} --label-fraction 0.001 --resume"):
+    for data in ("", f"{BUNDLED} --resume"):
         assert_one_line(script, f"{data} {options}", r"\b20\b.* --learning-rate")
         assert contents().keys() == {"config.json"}
 
@@ -435,7 +435,7 @@ def test_a_seed_that_diverges_ends_the_run_and_what_was_good_stays(script, monke
 
 
 @pytest.mark.parametrize("rate", ["1e6", "1e4"])
-@pytest.mark.parametrize("data", ["", "--reward-epochs 300", f"{BUNDLED} --label-fraction 0.01"])
+@pytest.mark.parametrize("data", ["--reward-epochs 1", "--reward-epochs 300", BUNDLED])
 def test_a_reward_learning_rate_that_diverges_is_named(data, rate, assert_one_line):
     options = f"{data} --reward-learning-rate {rate}"
     assert_one_line(td3bc_imputed, options, "--reward-learning-rate")
