@@ -21,14 +21,20 @@
 #              stays in its folder as full.hdf5; the report draws labels.png
 #   bundled    table1 on the bundled dataset with 3 seeds and 10,000 updates, half an hour on two
 #              cores: 7 runs
+#   newtask    an old log, a new task (tests/new_tasks.py): a robot that learned to run as fast as
+#              it can, to move at a given speed; all rewards, 100 labels imputed by the Gaussian
+#              process, 1% by the paper's model, 100 labels alone or with a constant elsewhere, and
+#              behaviour cloning; 30 to 1,000 labels of the first task; the report draws
+#              newtask.png. The bundled dataset at 2 m/s, and Pendulum: 43 runs, some hours on two
+#              cores; with DATASETS also the tasks of the old logs there
 #
 # Settings, from the environment (defaults in parentheses):
 #   DATASETS   a folder of D4RL-schema files that replace the target's datasets (named
 #              halfcheetah-*.hdf5, hopper-*.hdf5, walker2d-*.hdf5, or after any other Gymnasium
 #              environment)
 #   JOBS       runs at a time (1)
-#   SEEDS      seeds of each run (5; bundled: 3)
-#   UPDATES    updates of each run (1000000; bundled: 10000)
+#   SEEDS      seeds of each run (5; bundled, newtask: 3)
+#   UPDATES    updates of each run (1000000; bundled: 10000; newtask: 16000, Pendulum half of it)
 #   FRACTIONS  of labelled transitions, for the target labels (0.00003 0.0001 0.0003 0.001 0.01);
 #              0.00005 0.00015 0.0005 0.0015 0.005 are 10 to 1,000 labels of 200,000 transitions
 #   OPTIONS    more options for every agent, such as --eval-workers 8
@@ -39,7 +45,7 @@ set -uo pipefail
 
 fail() { echo "error: $*" >&2 && exit 2; }
 
-targets="table1|figure2|controls|labels|bundled"
+targets="table1|figure2|controls|labels|bundled|newtask"
 action=${1:-} target=${2:-}
 [[ $action =~ ^(list|run|report|one)$ && $target =~ ^($targets)$ ]] ||
     fail "usage: bash benchmark.sh list|run|report $targets"
@@ -60,6 +66,7 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(((cores + jobs - 1) / jobs))}
 seeds=${SEEDS:-5} updates=${UPDATES:-1000000} more=""
 read -ra fractions <<<"${FRACTIONS:-0.00003 0.0001 0.0003 0.001 0.01}"
 datasets=({halfcheetah,hopper,walker2d}-medium{,-replay,-expert}-v2)
+new_tasks=(halfcheetah-medium-replay-speed{2,3,4})
 two_datasets=(walker2d-medium-replay-v2 halfcheetah-medium-expert-v2)
 settings=({td3bc,iql}" "{"oracle 1","labeled 0.01","imputed 0.01"} "bc oracle 1")
 case $target in
@@ -81,8 +88,22 @@ case $target in
     bundled)
         datasets=(halfcheetah-medium-replay-mini)
         seeds=${SEEDS:-3} updates=${UPDATES:-10000} more=" --eval-freq 1000" ;;
+    newtask)
+        datasets=(halfcheetah-medium-replay-mini-speed2 pendulum)
+        seeds=${SEEDS:-3} updates=${UPDATES:-16000}
+        settings=("td3bc oracle 1" "bc oracle 1" "iql oracle 1")
+        for algorithm in td3bc iql; do
+            for ((seed = 0; seed < seeds; seed++)); do
+                settings+=("$algorithm imputed-gp 100/seed$seed")
+            done
+            settings+=("$algorithm "{"mean 100","zero 100","labeled 100","imputed 0.01"})
+        done ;;
 esac
-if [[ -n ${DATASETS:-} ]]; then
+if [[ $target == newtask ]]; then
+    for task in "${new_tasks[@]}"; do
+        [[ ! -e ${DATASETS:-}/${task%-speed*}.hdf5 ]] || datasets+=("$task")
+    done
+elif [[ -n ${DATASETS:-} ]]; then
     datasets=()
     while read -r file; do datasets+=("$(basename "$file" .hdf5)"); done < <(
         find "$DATASETS" -maxdepth 1 -name \*.hdf5 | LC_ALL=C sort
@@ -91,32 +112,60 @@ if [[ -n ${DATASETS:-} ]]; then
 fi
 
 # Datasets vary fastest: runs started together download different files, and each file once.
-run_dirs() {
-    for setting in "${settings[@]}"; do
-        for dataset in "${datasets[@]}"; do echo "$runs/${dataset}__${setting// /__}"; done
-    done
-}
-commands() {
-    for setting in "${settings[@]}"; do
-        for dataset in "${datasets[@]}"; do
-            read -r algorithm rewards fraction <<<"$setting"
-            data=(--env-id "$dataset") run_dir=$runs/${dataset}__${setting// /__}
-            [[ -z ${DATASETS:-} ]] || data+=(--dataset-path "$DATASETS/$dataset.hdf5")
-            case $rewards in
-                sweep) sweep ;;
-                imputed-gp) complete_and_train ;;
-                *) train ;;
-            esac
+lines=()
+for setting in "${settings[@]}"; do
+    for dataset in "${datasets[@]}"; do lines+=("$dataset $setting"); done
+done
+if [[ $target == newtask ]]; then
+    for labels in 30 300 1000; do
+        for ((seed = 0; seed < seeds; seed++)); do
+            lines+=("${datasets[0]} td3bc imputed-gp $labels/seed$seed")
         done
     done
+fi
+run_dirs() {
+    for line in "${lines[@]}"; do echo "$runs/${line// /__}"; done
+}
+commands() {
+    for line in "${lines[@]}"; do
+        read -r dataset algorithm rewards fraction <<<"$line"
+        run_dir=$runs/${line// /__} script=${algorithm/#bc/td3bc}_imputed.py
+        data=(--env-id "$dataset") number=$updates
+        [[ -z ${DATASETS:-} ]] || data+=(--dataset-path "$DATASETS/$dataset.hdf5")
+        [[ $target != newtask ]] || score_log
+        case $rewards in
+            sweep) sweep ;;
+            imputed-gp) complete_and_train ;;
+            *) train ;;
+        esac
+    done
+}
+# Before the command of a new task: its log, unless that is scored already. It sets the simulator,
+# and a number of labels as the fraction of the log's rows.
+score_log() {
+    local scored=$runs/$dataset.hdf5 folder=${DATASETS:-} rows=200000 robot=HalfCheetah
+    local task simulator
+    case $dataset in
+        pendulum) task=(Pendulum) simulator=Pendulum-v1 rows=20000 number=$((updates / 4 * 2)) ;;
+        *-mini-*) rows=100000 folder=tests/data ;;&
+        walker2d-*) robot=Walker2d ;;&
+        hopper-*) robot=Hopper ;;&
+        *-speed*)
+            task=("${robot}Speed${dataset##*-speed}" --log "$folder/${dataset%-speed*}.hdf5")
+            simulator=new_tasks:${task[0]}-v0 ;;
+    esac
+    [[ $fraction != [1-9][0-9]* ]] ||
+        fraction=$(awk "BEGIN { print ${fraction%/*} / $rows }")${fraction#"${fraction%/*}"}
+    data=(--env-id "$simulator" --dataset-path "$scored") more=" --eval-freq $((number / 10 * 2))"
+    echo -n "export PYTHONPATH=tests; test -e$(quote "$scored") || $python tests/new_tasks.py"
+    echo -n "$(quote "${task[@]}" --path "$scored") && "
 }
 quote() { printf " %q" "$@"; }
 train() {
     options=("${data[@]}" --rewards "$rewards")
     [[ $rewards == oracle ]] || options+=(--label-fraction "$fraction")
     [[ $algorithm != bc ]] || options+=(--alpha 0)
-    options+=(--num-seeds "$seeds" --num-updates "$updates")
-    script=${algorithm/#bc/td3bc}_imputed.py
+    options+=(--num-seeds "$seeds" --num-updates "$number")
     echo "$python $script$(quote "${options[@]}")$more${OPTIONS:+ $OPTIONS}" \
         "--run-dir$(quote "$run_dir") --resume"
 }
@@ -133,8 +182,8 @@ complete_and_train() {
     options+=(--run-dir "$folder" --output-path "$full")
     echo "mkdir -p$(quote "$folder"); test -e$(quote "$full") ||" \
         "$python reward_model.py$(quote "${options[@]}")" \
-        "&& $python td3bc_imputed.py$(quote --env-id "$dataset" --dataset-path "$full")" \
-        "--num-updates $updates$more${OPTIONS:+ $OPTIONS}" \
+        "&& $python $script$(quote "${data[@]:0:2}" --dataset-path "$full")" \
+        "--num-updates $number$more${OPTIONS:+ $OPTIONS}" \
         "--seed $seed --run-dir$(quote "$run_dir") --resume"
 }
 
@@ -200,6 +249,7 @@ from contextlib import redirect_stdout
 from pathlib import Path
 from typing import NamedTuple
 
+import h5py
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.ticker import MaxNLocator
@@ -327,7 +377,9 @@ def title(setting):
 
 
 def percent(fraction):
-    return f"{100 * float(fraction):g}%"
+    """Of a number of labels: "100 labels"."""
+    share = float(fraction)
+    return f"{share:g} labels" if share > 1 else f"{100 * share:g}%"
 
 
 def with_std(scores, digits=1):
@@ -506,8 +558,66 @@ def print_sweeps(sweeps):
     print_table(["dataset", "labels", "MLP", "GP", "linear"], rows)
 
 
+NEW_TASK_COLUMNS = {
+    "oracle 1": "all rewards",
+    "imputed-gp 100": "100 labels + imputed (GP)",
+    "imputed 0.01": "1% + imputed (MLP)",
+    "labeled 100": "100 labels alone",
+    "mean 100": "+ mean",
+    "zero 100": "+ zeros",
+}
+
+
+def print_new_tasks(runs, datasets):
+    """A row for each task and agent; then the first task with more and with fewer labels."""
+    rows = []
+    for dataset in datasets:
+        log = scored_log(runs, dataset)
+        for algorithm in ("td3bc", "iql"):
+            keys = [f"{algorithm} {setting}" for setting in NEW_TASK_COLUMNS] + ["bc oracle 1"]
+            found = [runs.get((dataset, key)) for key in keys]
+            if any(found[:-1]):
+                updates = next(run for run in found if run).config["num_updates"]
+                cells = [with_std_and_r2(run) if run else "" for run in found]
+                mean = f"{log_returns(log).mean():.1f}" if log else ""
+                rows.append([dataset, AGENTS[algorithm], f"{updates:,}", *cells, mean])
+    print("Returns: mean ± std over seeds of the last evaluation (R² of the imputed rewards).\n")
+    columns = [*NEW_TASK_COLUMNS.values(), "BC", "the log's mean"]
+    print_table(["task", "agent", "updates", *columns], rows)
+
+    rows = []
+    for number in (30, 100, 300, 1000):
+        run = runs.get((datasets[0], f"td3bc imputed-gp {number}"))
+        if run:
+            rows.append([f"{number:,}", with_std(r2(run), 3), with_std(run.scores)])
+    print(f"{datasets[0]}, TD3+BC, rewards by the Gaussian process:\n")
+    print_table(["labels", "R²", "return"], rows)
+
+
+def with_std_and_r2(run):
+    share = f" (R² {np.mean(r2(run)):.2f})" if len(r2(run)) > 0 else ""
+    return with_std(run.scores) + share
+
+
+def scored_log(runs, dataset):
+    """The old log with the new task's rewards; None where it or its run is missing."""
+    run = runs.get((dataset, "td3bc oracle 1"))
+    path = Path(run.config["dataset_path"]) if run else None
+    return path if path and path.exists() else None
+
+
+def log_returns(log):
+    """Of each episode, in the new task."""
+    with h5py.File(log) as file:
+        rewards, ends = file["rewards"][:], file["terminals"][:] + file["timeouts"][:] > 0
+    return np.add.reduceat(rewards, [0, *np.flatnonzero(ends[:-1]) + 1])
+
+
 def r2(run):
     """Of each seed's imputed rewards, on the rewards hidden from it; none without reward model."""
+    desks = [path for run_dir in run.paths for path in run_dir.glob("gp-*/result.json")]
+    if desks:  # the process's, by reward_model.py
+        return np.array([read_json(path)["quality"]["gp"]["r2"][0] for path in desks], float)
     return np.array((run.result["reward_model"] or {"r2": []})["r2"], float)
 
 
@@ -585,7 +695,6 @@ def draw_overview(runs, datasets, path):
 def draw_rewards(axes, runs, datasets):
     """Of the first dataset that has a finished run with imputed rewards, and its checkpoint."""
     axes.set_box_aspect(1)
-    axes.set(xlabel="true reward", ylabel="imputed reward")
     for dataset in datasets:
         run = runs.get((dataset, "td3bc imputed 0.01"))
         # Older scripts, whose checkpoints are others, did not note theirs in config.json.
@@ -598,9 +707,7 @@ def draw_rewards(axes, runs, datasets):
     if found is None:
         return
     true, imputed, num_labels = found
-    axes.plot(true, imputed, ".", color=COLORS["imputed"], markersize=3, alpha=0.5)
-    ends = [true.min(), true.max()]
-    axes.plot(ends, ends, color=COLORS["oracle"], linewidth=1)
+    draw_scatter(axes, true, imputed, "imputed")
     axes.set_title(f"Hidden rewards, imputed\nfrom {num_labels:,} labels")
     corner = {"transform": axes.transAxes, "va": "top"}
     axes.text(0.05, 0.95, f"R² = {r2(run)[0]:.3f}", **corner)
@@ -619,6 +726,70 @@ def draw_bars(axes, runs, datasets, algorithm):
     # Places of their own also for datasets without a run: the agents share the names on the left.
     axes.set_ylim(len(datasets) - 0.5, -0.5)
     axes.set(title=AGENTS[algorithm], xlabel=metric(runs))
+
+
+def draw_new_tasks(runs, datasets, path):
+    """Returns of each task, from the log's own mean to left or right; and a hundred labels' R²."""
+    tasks = [dataset for dataset in datasets if scored_log(runs, dataset)]
+    num_rows = max(1, (len(tasks) + 1) // 2)
+    figure = plt.figure(figsize=(6.5, 1.2 + 1.7 * num_rows), layout="constrained")
+    left, right = figure.subfigures(1, 2, width_ratios=[2, 1])
+    panels = left.subplots(num_rows, 2, sharey=True, squeeze=False).flat
+    for axes, dataset in zip(panels, tasks):
+        draw_new_task(axes, runs, dataset)
+    draw_gp_rewards(right.subplots(), runs, tasks)
+    handles = [plt.Rectangle((0, 0), 1, 1, color="gray", alpha=alpha) for alpha in (1, 0.5)]
+    right.legend(handles, ["TD3+BC", "IQL"], loc="outside lower center", ncols=2, frameon=False)
+    save(figure, path)
+
+
+def draw_new_task(axes, runs, dataset):
+    bars = {"all rewards": ["oracle 1"], "100 + imputed": ["imputed-gp 100"]}
+    bars |= {"100 labels alone": ["labeled 100"], "100 + constant": ["mean 100", "zero 100"]}
+    base = log_returns(scored_log(runs, dataset)).mean()
+    for algorithm, shift, alpha in (("td3bc", -0.2, 1), ("iql", 0.2, 0.5)):
+        for place, settings in enumerate(bars.values()):
+            found = [runs.get((dataset, f"{algorithm} {setting}")) for setting in settings]
+            draw_from(axes, base, found, place + shift, alpha)
+    draw_from(axes, base, [runs.get((dataset, "bc oracle 1"))], len(bars), 1)
+    axes.axvline(base, color="gray", linewidth=1)
+    axes.text(base, -0.6, " the log's mean", fontsize="x-small", color="gray")
+    axes.set_yticks(range(len(bars) + 1), [*bars, "BC"])
+    axes.set(title=dataset.replace("medium-replay-", ""), ylim=(len(bars) + 0.5, -0.9))
+    axes.xaxis.set_major_locator(MaxNLocator(3, integer=True))
+
+
+def draw_from(axes, base, found, place, alpha):
+    """A bar from the log's mean to the best run's."""
+    found = [run for run in found if run]
+    if found:
+        best = max(found, key=lambda run: np.mean(run.scores))
+        style = {"xerr": spread([best.scores]), "color": color_of(best.setting), "alpha": alpha}
+        axes.barh([place], [np.mean(best.scores) - base], 0.38, left=base, ecolor="gray", **style)
+
+
+def draw_gp_rewards(axes, runs, datasets):
+    """Of the first task: what the process imputes from a hundred labels, and what is true."""
+    axes.set_box_aspect(1)
+    run = runs.get((datasets[0], "td3bc imputed-gp 100")) if datasets else None
+    found = list(run.paths[0].glob("gp-*/full.hdf5")) if run else []
+    if not found:
+        return
+    with h5py.File(scored_log(runs, datasets[0])) as file:
+        true = file["rewards"][:]
+    with h5py.File(found[0]) as file:
+        imputed, labeled = file["rewards"][:], file["labeled"][:]
+    some = np.random.default_rng(0).permutation(np.flatnonzero(~labeled))[:5000]
+    draw_scatter(axes, true[some], imputed[some], "imputed-gp")
+    axes.set_title("Hidden rewards, imputed\nfrom 100 labels")
+    axes.text(0.05, 0.95, f"R² = {r2(run)[0]:.2f}", transform=axes.transAxes, va="top")
+
+
+def draw_scatter(axes, true, imputed, rewards):
+    axes.plot(true, imputed, ".", color=COLORS[rewards], markersize=3, alpha=0.5)
+    ends = [true.min(), true.max()]
+    axes.plot(ends, ends, color=COLORS["oracle"], linewidth=1)
+    axes.set(xlabel="true reward", ylabel="imputed reward")
 
 
 def spread(scores):
@@ -768,6 +939,8 @@ def print_absent(runs, found, paths, common):
 
 
 def main(target, paths):
+    if target == "newtask":
+        PROTOCOL.remove("num_updates")  # the table says how many
     finished = [path for path in paths if is_finished(path)]
     found = read_runs([path for path in finished if not is_sweep(path)])
     swept = [path for path in finished if is_sweep(path)]
@@ -788,6 +961,8 @@ def main(target, paths):
     if target == "labels":
         fractions = fractions_of(settings, "imputed")
         print_labels(runs, datasets, fractions)
+    elif target == "newtask":
+        print_new_tasks(runs, present)
     else:
         print_scores(runs, datasets, settings)
     if metric(runs) == "score":
@@ -802,6 +977,10 @@ def main(target, paths):
     results.mkdir(exist_ok=True)
     write_csv(results / f"{target}.csv", runs)
     written = [f"{target}.csv", "curves.png"]
+    if target == "newtask":
+        draw_new_tasks(runs, present, results / "newtask.png")
+        written.append("newtask.png")
+        settings = [x for x in settings if x.split()[2] not in ("30", "300", "1000")]
     draw_curves(runs, present, settings, results / "curves.png")
     if target in ("table1", "figure2", "bundled"):
         draw_figure2(runs, present, settings, results / "figure2.png")

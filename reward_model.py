@@ -472,8 +472,7 @@ def some_of(label_rows, count, seeds):
     return np.sort(chosen, axis=1)
 
 
-# --- Pictures ---
-# In all of them black is true, orange imputed, blue a label.
+# --- Pictures: black is true, orange imputed, blue a label ---
 def draw_rewards(axes, rewards, predictions, judged):
     rows = np.flatnonzero(~np.isnan(predictions))
     some = np.random.default_rng(0).permutation(rows)[:2000]
@@ -581,11 +580,14 @@ def load_dataset(env_id=None, dataset_path=None) -> Dataset:
     for key in ("observations", "actions", "next_observations"):
         require(np.isfinite(columns[key]).all(), f"{name} has NaN or inf in {key}")
     require(not np.isinf(rewards).any(), f"{name} has inf in rewards (NaN means no label)")
-    zeros, known = np.count_nonzero(rewards == 0), np.count_nonzero(~np.isnan(rewards))
+    zeros = np.count_nonzero(rewards == 0)
+    known = np.count_nonzero(~np.isnan(rewards))
     if known / 10 < zeros < known:
         warn(f"{zeros / known:.1%} of the known rewards are exactly 0: if 0 is no label, write NaN")
-    num_episodes = columns["episode_ids"][-1] + 1
-    print(f"dataset       {name}: {len(rewards):,} transitions, {num_episodes:,} episodes")
+    returns = np.bincount(columns["episode_ids"], rewards)
+    print(f"dataset       {name}: {len(rewards):,} transitions, {len(returns):,} episodes")
+    if known == len(rewards):  # something to hold an agent against
+        print(f"log           return {returns.mean():.1f}, of its best episode {returns.max():.1f}")
     return Dataset(**columns, name=name, **task)
 
 
@@ -926,12 +928,9 @@ def main(args: Args):
     is_known = ~np.isnan(dataset.rewards)
     num_known = np.count_nonzero(is_known)
     num_labels = label_rows.shape[1]
-    num_episodes = len(np.unique(dataset.episode_ids[is_known]))
-    known = f"{num_known:,} known rewards in {num_episodes:,} episode(s)"
-    print(f"labels        {num_labels:,} of {known}, {len(seeds)} seed(s)")
-    require(
-        num_labels < len(is_known), "nothing to impute: --label-fraction 0.01 hides known rewards"
-    )
+    num_episodes = len(np.unique(dataset.episode_ids[label_rows]))
+    print(f"labels        {num_labels:,} of {num_known:,} known, in {num_episodes:,} episode(s)")
+    require(num_labels < len(is_known), "nothing to impute: hide some by --label-fraction 0.01")
     judged = "hidden"
     is_hidden = np.tile(is_known, (len(seeds), 1))
     np.put_along_axis(is_hidden, label_rows, False, axis=1)
@@ -948,7 +947,8 @@ def main(args: Args):
 
     # 2. The models, fitted to the same labels, and how good they are.
     table = sweep(dataset, splits, seeds, args, device) if args.sweep else []
-    quality, num_fitted = {}, splits[0][0].shape[1]
+    num_fitted = splits[0][0].shape[1]
+    quality = {}
     for kind in KINDS:
         predictions, model, inside = judge(kind, dataset, splits, seeds, args, device)
         quality[kind] = measure(predictions, dataset)

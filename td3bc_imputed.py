@@ -479,11 +479,14 @@ def load_dataset(env_id=None, dataset_path=None) -> Dataset:
     for key in ("observations", "actions", "next_observations"):
         require(np.isfinite(columns[key]).all(), f"{name} has NaN or inf in {key}")
     require(not np.isinf(rewards).any(), f"{name} has inf in rewards (NaN means no label)")
-    zeros, known = np.count_nonzero(rewards == 0), np.count_nonzero(~np.isnan(rewards))
+    zeros = np.count_nonzero(rewards == 0)
+    known = np.count_nonzero(~np.isnan(rewards))
     if known / 10 < zeros < known:
         warn(f"{zeros / known:.1%} of the known rewards are exactly 0: if 0 is no label, write NaN")
-    num_episodes = columns["episode_ids"][-1] + 1
-    print(f"dataset       {name}: {len(rewards):,} transitions, {num_episodes:,} episodes")
+    returns = np.bincount(columns["episode_ids"], rewards)
+    print(f"dataset       {name}: {len(rewards):,} transitions, {len(returns):,} episodes")
+    if known == len(rewards):  # something to hold an agent against
+        print(f"log           return {returns.mean():.1f}, of its best episode {returns.max():.1f}")
     return Dataset(**columns, name=name, **task)
 
 
@@ -775,7 +778,7 @@ def write_result(run_dir: Path, metric: str, scores: list, num_seeds: int, resul
     result["versions"] = {m.__name__: m.__version__ for m in (torch, np, gym, mujoco, minari)}
     result = json.loads(json.dumps(result), parse_constant=lambda name: None)  # NaN: null
     (run_dir / "result.json").write_text(json.dumps(result, indent=2))
-    print(f"result        {text}, in {run_dir}")
+    print(f"result        {text}, in {run_dir}/policy_seed*.npz")
 
 
 # --- Speed ---
@@ -841,9 +844,7 @@ def check_arguments(args: Args):
     for name in [*names, "reward_hidden_dim", "reward_epochs", "reward_batch_size"]:
         require(getattr(args, name) > 0, f"--{name.replace('_', '-')} must be at least 1")
     for name in ("alpha", "policy_noise", "noise_clip", "eval_workers"):
-        require(
-            0 <= getattr(args, name) < math.inf, f"--{name.replace('_', '-')} must be 0 or more"
-        )
+        require(0 <= vars(args)[name] < math.inf, f"--{name.replace('_', '-')} must be 0 or more")
     for name in ("learning_rate", "reward_learning_rate"):
         require(0 < getattr(args, name) < math.inf, f"--{name.replace('_', '-')} must be above 0")
     for count in (args.num_updates, args.eval_freq):
@@ -946,7 +947,6 @@ def main(args: Args):
             scores += [[updates_done, *row] for row in zip(seeds, returns, values)]
             np.savetxt(run_dir / "scores.csv", scores, "%.17g", ",", header=header, comments="")
             metrics[f"charts/{metric}"] = np.mean(values)
-            metrics |= {f"charts/{metric}_seed{seed}": x for seed, x in zip(seeds, values)}
             text = f"   {metric} {mean_and_std(values)}"
         if tracker:
             tracker.log(metrics, step=updates_done)

@@ -93,7 +93,14 @@ def find_run_dir(line):
 # --- list ---
 @pytest.mark.parametrize(
     ("target", "lines"),
-    [("table1", 63), ("figure2", 18), ("controls", 72), ("labels", 64), ("bundled", 7)],
+    [
+        ("table1", 63),
+        ("figure2", 18),
+        ("controls", 72),
+        ("labels", 64),
+        ("bundled", 7),
+        ("newtask", 43),
+    ],
 )
 def test_every_line_of_a_list_is_a_run_of_its_own(target, lines):
     commands = list_commands(target)
@@ -216,7 +223,9 @@ def test_folders_are_those_that_the_caller_means_and_may_have_spaces(tmp_path):
 
 @pytest.mark.parametrize("words", [("list", "table2"), ("start", "table1"), ("", "")])
 def test_a_wrong_word_is_an_error_with_the_usage(words):
-    usage = "usage: bash benchmark.sh list|run|report table1|figure2|controls|labels|bundled"
+    usage = (
+        "usage: bash benchmark.sh list|run|report table1|figure2|controls|labels|bundled|newtask"
+    )
     assert usage in bash(*words, code=2)
 
 
@@ -413,7 +422,7 @@ def report(python, monkeypatch, tmp_path):
     def run(target, pictures=False, **settings):
         run_dirs = [find_run_dir(line) for line in list_commands(target, **settings)]
         with monkeypatch.context() as patch, redirect_stdout(StringIO()) as output:
-            for name in ("curves", "figure2", "overview", "labels"):
+            for name in ("curves", "figure2", "overview", "labels", "new_tasks"):
                 if not pictures:
                     patch.setattr(python, f"draw_{name}", lambda *args: None)
             python.main(target, run_dirs)
@@ -444,7 +453,7 @@ def find_row(output, *start):
     """The row of a Markdown table that starts with these cells, by the table's header."""
     for line in output.splitlines():
         cells = [cell.strip() for cell in line.split("|")[1:-1]]
-        if cells[:1] in (["dataset"], ["setting"]):
+        if cells[:1] in (["dataset"], ["setting"], ["task"], ["labels"]):
             header = cells
         if cells and cells[: len(start)] == list(start):
             return dict(zip(header, cells))
@@ -648,7 +657,7 @@ def make_desk(folder, name, num_labels, table=()):
     run_dir = folder / "runs" / "benchmark" / name
     run_dir.mkdir(parents=True)
     (run_dir / "config.json").write_text("{}")
-    result = {"num_labels": num_labels, "table": list(table)}
+    result = {"num_labels": num_labels, "table": list(table), "quality": {"gp": {"r2": [0.9]}}}
     (run_dir / "result.json").write_text(json.dumps(result))
 
 
@@ -681,6 +690,78 @@ def test_labels_has_a_table_of_scores_and_one_of_r2_and_its_picture(report, tmp_
     with open("results/labels.csv") as file:
         rows = {row["rewards"]: row for row in csv.DictReader(file)}
     assert rows["imputed-gp"]["seeds"] == "2" and rows["imputed-gp"]["mean"] == "8.0"
+
+
+# --- newtask ---
+def test_a_new_tasks_log_is_scored_once_before_its_command(tmp_path):
+    lines = list_commands("newtask", SEEDS=2)
+    assert len(lines) == 2 * (3 + 2 * 6) + 3 * 2
+    for line in lines:
+        words = line.split()
+        scored = words[words.index("-e") + 1].rstrip(";")
+        assert f"--path {scored} && " in line and "export PYTHONPATH=tests; " in line
+        assert "--env-id new_tasks:HalfCheetahSpeed2-v0 " in line or "--env-id Pendulum-v1 " in line
+    args = parse_all(lines[0].split(" && ")[1])[0][1]
+    assert (args.num_updates, args.rewards) == (16_000, "oracle")
+    assert args.num_updates % args.eval_freq == 0
+
+
+def test_a_new_task_has_as_many_labels_as_it_says():
+    rows = {"halfcheetah-medium-replay-mini": 99_900, "pendulum": 19_900}
+    for line in list_commands("newtask", SEEDS=1):
+        for words in line.split(" && ")[1:]:
+            for _, args in parse_all(words):
+                setting = str(args.run_dir).split("__")[3].split("/")[0]
+                if setting in ("30", "100", "300") and args.label_fraction:
+                    name = next(name for name in rows if name in str(args.run_dir))
+                    assert abs(round(args.label_fraction * rows[name]) - int(setting)) <= 1
+
+
+def test_old_logs_that_are_there_add_their_tasks(tmp_path):
+    data = make_data(tmp_path, "halfcheetah-medium-replay", "hopper-own")
+    run_dirs = [find_run_dir(line) for line in list_commands("newtask", DATASETS=data)]
+    names = [str(path.relative_to("runs/benchmark")) for path in run_dirs]
+    tasks = dict.fromkeys(name.split("__")[0] for name in names)
+    mini, pendulum = "halfcheetah-medium-replay-mini-speed2", "pendulum"
+    assert list(tasks) == [
+        mini,
+        pendulum,
+        *(f"halfcheetah-medium-replay-speed{s}" for s in (2, 3, 4)),
+    ]
+
+
+def test_the_report_of_new_tasks_has_the_returns_known_by_hand(report, tmp_path):
+    task = "halfcheetah-medium-replay-mini-speed2"
+    (tmp_path / "runs" / "benchmark").mkdir(parents=True)
+    log = tmp_path / "runs" / "benchmark" / f"{task}.hdf5"
+    with h5py.File(log, "w") as file:
+        file["rewards"] = np.arange(6.0)  # two episodes, of return 0 + 1 + 2 and 3 + 4 + 5
+        file["terminals"] = np.zeros(6, bool)
+        file["timeouts"] = np.arange(6) == 2
+    common = {"metric": "return", "dataset_path": str(log)}
+    make_run(tmp_path, f"{task}__td3bc__oracle__1", [100.0, 120.0], **common)
+    make_run(tmp_path, f"{task}__bc__oracle__1", [-10.0, -10.0], **common)
+    make_run(tmp_path, f"{task}__td3bc__mean__100", [1.0, 3.0], **common)
+    make_run(tmp_path, f"{task}__td3bc__zero__100", [7.0, 9.0], **common)
+    for number, score in ((100, 50.0), (1000, 60.0)):
+        for seed in (0, 1):
+            name = f"{task}__td3bc__imputed-gp__{number}/seed{seed}"
+            make_run(tmp_path, name, [score + seed], seed=seed, num_updates=40, **common)
+            make_desk(tmp_path, f"{name}/gp-1", num_labels=number)
+            with h5py.File(tmp_path / "runs/benchmark" / name / "gp-1/full.hdf5", "w") as file:
+                file["rewards"], file["labeled"] = np.ones(6), np.arange(6) == 0
+    output = report("newtask", SEEDS=2, pictures=True)
+    row = find_row(output, task, "TD3+BC")
+    assert row["all rewards"] == "110.0 ± 10.0" and row["BC"] == "-10.0 ± 0.0"
+    assert row["100 labels + imputed (GP)"] == "50.5 ± 0.5 (R² 0.90)"
+    assert row["+ mean"] == "2.0 ± 1.0" and row["+ zeros"] == "8.0 ± 1.0"
+    assert row["the log's mean"] == "7.5" and row["100 labels alone"] == ""
+    assert find_row(output, "1,000") == {
+        "labels": "1,000",
+        "R²": "0.900 ± 0.000",
+        "return": "60.5 ± 0.5",
+    }
+    assert Path("results/newtask.png").exists() and Path("results/curves.png").exists()
 
 
 def test_a_result_that_lacks_a_seed_is_not_compared_with_whole_ones(report, tmp_path):
