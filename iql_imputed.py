@@ -9,7 +9,7 @@
 # ///
 """IQL on a dataset in which only a few transitions have a reward.
 
-1. Load transitions; choose the few whose reward may be seen, 1% of a benchmark's.
+1. Load transitions, and choose the labels: 1% of a benchmark's rewards, all those of your own log.
 2. Fit a reward model f to these labels, minimizing the mean of (f(s, a) - r)^2 (Eq. 4). Every
    other reward becomes f(s, a), every label stays as it is (Eq. 5).
 3. Make an IQL agent for every seed, and hand it the completed dataset.
