@@ -580,7 +580,7 @@ def print_new_tasks(runs, datasets):
                 updates = next(run for run in found if run).config["num_updates"]
                 cells = [with_std_and_r2(run) if run else "" for run in found]
                 mean = f"{log_returns(log).mean():.1f}" if log else ""
-                rows.append([dataset, AGENTS[algorithm], f"{updates:,}", *cells, mean])
+                rows.append([name_task(dataset), AGENTS[algorithm], f"{updates:,}", *cells, mean])
     print("Returns: mean ± std over seeds of the last evaluation (R² of the imputed rewards).\n")
     columns = [*NEW_TASK_COLUMNS.values(), "BC", "the log's mean"]
     print_table(["task", "agent", "updates", *columns], rows)
@@ -590,7 +590,7 @@ def print_new_tasks(runs, datasets):
         run = runs.get((datasets[0], f"td3bc imputed-gp {number}"))
         if run:
             rows.append([f"{number:,}", with_std(r2(run), 3), with_std(run.scores)])
-    print(f"{datasets[0]}, TD3+BC, rewards by the Gaussian process:\n")
+    print(f"{name_task(datasets[0])}, TD3+BC, rewards by the Gaussian process:\n")
     print_table(["labels", "R²", "return"], rows)
 
 
@@ -731,16 +731,26 @@ def draw_bars(axes, runs, datasets, algorithm):
 def draw_new_tasks(runs, datasets, path):
     """Returns of each task, from the log's own mean to left or right; and a hundred labels' R²."""
     tasks = [dataset for dataset in datasets if scored_log(runs, dataset)]
-    num_rows = max(1, (len(tasks) + 1) // 2)
-    figure = plt.figure(figsize=(6.5, 1.2 + 1.7 * num_rows), layout="constrained")
-    left, right = figure.subfigures(1, 2, width_ratios=[2, 1])
-    panels = left.subplots(num_rows, 2, sharey=True, squeeze=False).flat
+    num_rows = len(tasks) // 2 + 1
+    shape, size = (num_rows, 2), (6.5, 0.5 + 2.3 * num_rows)
+    figure, rows = plt.subplots(*shape, figsize=size, squeeze=False, layout="constrained")
+    panels = list(rows.flat)
     for axes, dataset in zip(panels, tasks):
         draw_new_task(axes, runs, dataset)
-    draw_gp_rewards(right.subplots(), runs, tasks)
+    for axes in panels[1 : len(tasks) : 2]:
+        axes.set_yticklabels([])  # as on the left
+    for axes in panels[len(tasks) :]:
+        axes.set_axis_off()
+    draw_gp_rewards(panels[len(tasks)], runs, tasks)
     handles = [plt.Rectangle((0, 0), 1, 1, color="gray", alpha=alpha) for alpha in (1, 0.5)]
-    right.legend(handles, ["TD3+BC", "IQL"], loc="outside lower center", ncols=2, frameon=False)
+    figure.legend(handles, ["TD3+BC", "IQL"], loc="outside lower center", ncols=2, frameon=False)
     save(figure, path)
+
+
+def name_task(dataset):
+    log, _, speed = dataset.replace("-medium-replay", "").partition("-speed")
+    log = log.replace("halfcheetah", "HalfCheetah").replace("pendulum", "Pendulum")
+    return f"{log}, {speed} m/s" if speed else log
 
 
 def draw_new_task(axes, runs, dataset):
@@ -750,39 +760,44 @@ def draw_new_task(axes, runs, dataset):
     for algorithm, shift, alpha in (("td3bc", -0.2, 1), ("iql", 0.2, 0.5)):
         for place, settings in enumerate(bars.values()):
             found = [runs.get((dataset, f"{algorithm} {setting}")) for setting in settings]
-            draw_from(axes, base, found, place + shift, alpha)
-    draw_from(axes, base, [runs.get((dataset, "bc oracle 1"))], len(bars), 1)
+            color = COLORS[settings[0].split()[0].removesuffix("-gp")]
+            draw_from(axes, base, found, place + shift, {"color": color, "alpha": alpha})
+    bc = [runs.get((dataset, "bc oracle 1"))]
+    draw_from(axes, base, bc, len(bars), {"color": COLORS["bc"]})
     axes.axvline(base, color="gray", linewidth=1)
-    axes.text(base, -0.6, " the log's mean", fontsize="x-small", color="gray")
+    axes.text(base, -0.55, " the log's mean", fontsize="small", color="gray")
     axes.set_yticks(range(len(bars) + 1), [*bars, "BC"])
-    axes.set(title=dataset.replace("medium-replay-", ""), ylim=(len(bars) + 0.5, -0.9))
+    axes.set(xlabel="return", ylim=(len(bars) + 0.5, -0.9))
+    axes.set_title(name_task(dataset), fontsize="medium")
     axes.xaxis.set_major_locator(MaxNLocator(3, integer=True))
 
 
-def draw_from(axes, base, found, place, alpha):
+def draw_from(axes, base, found, place, style):
     """A bar from the log's mean to the best run's."""
-    found = [run for run in found if run]
-    if found:
-        best = max(found, key=lambda run: np.mean(run.scores))
-        style = {"xerr": spread([best.scores]), "color": color_of(best.setting), "alpha": alpha}
-        axes.barh([place], [np.mean(best.scores) - base], 0.38, left=base, ecolor="gray", **style)
+    scores = [run.scores for run in found if run]
+    if scores:
+        best = max(scores, key=np.mean)
+        style |= {"xerr": spread([best]), "left": base, "ecolor": "gray"}
+        axes.barh([place], [np.mean(best) - base], 0.38, **style)
 
 
 def draw_gp_rewards(axes, runs, datasets):
     """Of the first task: what the process imputes from a hundred labels, and what is true."""
-    axes.set_box_aspect(1)
     run = runs.get((datasets[0], "td3bc imputed-gp 100")) if datasets else None
     found = list(run.paths[0].glob("gp-*/full.hdf5")) if run else []
     if not found:
         return
+    axes.set_axis_on()
     with h5py.File(scored_log(runs, datasets[0])) as file:
         true = file["rewards"][:]
     with h5py.File(found[0]) as file:
         imputed, labeled = file["rewards"][:], file["labeled"][:]
     some = np.random.default_rng(0).permutation(np.flatnonzero(~labeled))[:5000]
-    draw_scatter(axes, true[some], imputed[some], "imputed-gp")
-    axes.set_title("Hidden rewards, imputed\nfrom 100 labels")
-    axes.text(0.05, 0.95, f"R² = {r2(run)[0]:.2f}", transform=axes.transAxes, va="top")
+    draw_scatter(axes, true[some], imputed[some], "imputed")
+    name = name_task(datasets[0])
+    axes.set_title(
+        f"{name}: rewards imputed\nfrom 100 labels, R² = {r2(run)[0]:.2f}", fontsize="medium"
+    )
 
 
 def draw_scatter(axes, true, imputed, rewards):

@@ -751,7 +751,7 @@ def test_the_report_of_new_tasks_has_the_returns_known_by_hand(report, tmp_path)
             with h5py.File(tmp_path / "runs/benchmark" / name / "gp-1/full.hdf5", "w") as file:
                 file["rewards"], file["labeled"] = np.ones(6), np.arange(6) == 0
     output = report("newtask", SEEDS=2, pictures=True)
-    row = find_row(output, task, "TD3+BC")
+    row = find_row(output, "HalfCheetah-mini, 2 m/s", "TD3+BC")
     assert row["all rewards"] == "110.0 ± 10.0" and row["BC"] == "-10.0 ± 0.0"
     assert row["100 labels + imputed (GP)"] == "50.5 ± 0.5 (R² 0.90)"
     assert row["+ mean"] == "2.0 ± 1.0" and row["+ zeros"] == "8.0 ± 1.0"
