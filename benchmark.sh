@@ -748,9 +748,12 @@ def draw_new_tasks(runs, datasets, path):
 
 
 def name_task(dataset):
-    log, _, speed = dataset.replace("-medium-replay", "").partition("-speed")
-    log = log.replace("halfcheetah", "HalfCheetah").replace("pendulum", "Pendulum")
-    return f"{log}, {speed} m/s" if speed else log
+    """hopper-medium-v2 -> hopper-medium; halfcheetah-medium-replay-speed3 -> HalfCheetah, 3 m/s."""
+    log, _, speed = dataset.removesuffix("-v2").partition("-speed")
+    if not speed:
+        return log
+    log = log.replace("-medium-replay", "").replace("halfcheetah", "HalfCheetah")
+    return f"{log}, {speed} m/s"
 
 
 def draw_new_task(axes, runs, dataset):
@@ -794,10 +797,7 @@ def draw_gp_rewards(axes, runs, datasets):
         imputed, labeled = file["rewards"][:], file["labeled"][:]
     some = np.random.default_rng(0).permutation(np.flatnonzero(~labeled))[:5000]
     draw_scatter(axes, true[some], imputed[some], "imputed")
-    name = name_task(datasets[0])
-    axes.set_title(
-        f"{name}: rewards imputed\nfrom 100 labels, R² = {r2(run)[0]:.2f}", fontsize="medium"
-    )
+    axes.set_title(f"rewards imputed from\n100 labels, R² = {r2(run)[0]:.2f}", fontsize="medium")
 
 
 def draw_scatter(axes, true, imputed, rewards):
@@ -851,7 +851,7 @@ def make_panels(datasets, columns):
     panels = {}
     for dataset, row in zip(datasets, rows):
         for name, axes in zip(columns, row):
-            axes.set_title(f"{columns[name]}\n{dataset.removesuffix('-v2')}", fontsize="medium")
+            axes.set_title(f"{columns[name]}\n{name_task(dataset)}", fontsize="medium")
             panels[dataset, name] = axes
     return figure, panels
 
