@@ -7,6 +7,7 @@ import shlex
 import subprocess
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tyro
 
@@ -15,7 +16,8 @@ README = (ROOT / "README.md").read_text("utf-8")
 SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 BLOCKS = re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
 COMMANDS = "\n".join(BLOCKS).splitlines()
-PYTHON_COMMANDS = [line for line in COMMANDS if re.match(r"(python|uv run) \w+\.py", line)]
+PREFIX = r"(PYTHONPATH=tests )?(python|uv run) (tests/)?"  # what stands before a script's name
+PYTHON_COMMANDS = [line for line in COMMANDS if re.match(PREFIX + r"\w+\.py", line)]
 BENCHMARKS = [line for line in COMMANDS if line.startswith("bash benchmark.sh")]
 HOW_IT_WORKS = README.split("## How it works")[1].split("\n## ")[0]
 SHORT = ["--num-updates", "20", "--reward-epochs", "1", "--device", "cpu", "--compile", "off"]
@@ -24,10 +26,9 @@ SCRIPTS = ("td3bc_imputed", "iql_imputed", "reward_model")
 
 def parse(command, more=()):
     """The script of a command, and the arguments it would get; those in `more` win."""
-    words = shlex.split(command.removeprefix("uv run "), comments=True)
-    words = [word for word in words if word != "python"]
+    words = shlex.split(re.sub(PREFIX, "", command), comments=True)
     module = importlib.import_module(words[0].removesuffix(".py"))
-    known = {"--" + name.replace("_", "-") for name in vars(module.Args())}
+    known = {"--" + name.replace("_", "-") for name in module.Args.__dataclass_fields__}
     for name, value in zip(more[::2], more[1::2]):
         if name in known:
             words += [name, value]
@@ -52,19 +53,23 @@ def test_every_file_of_the_tests_that_is_named_exists():
         assert (ROOT / name).exists() or (ROOT / "tests" / name).exists(), name
 
 
-def test_a_hundred_labels_go_from_file_to_policy_as_written(tmp_path, monkeypatch):
-    """The snippets in their order, with the commands between them made short."""
-    monkeypatch.syspath_prepend(tmp_path)
-    (tmp_path / "tests").symlink_to(ROOT / "tests")
-    own_log, policy = SNIPPETS
-    Path("snippet.py").write_text(own_log)
-    runpy.run_path("snippet.py")
-    for command in PYTHON_COMMANDS:
-        if "my_log.hdf5" in command or "full.hdf5" in command:
-            module, args = parse(command, SHORT)
-            module.main(args)
-    Path("snippet.py").write_text(policy)
+def test_a_hundred_labels_go_from_log_to_policy_as_written():
+    """The three commands in their order, made short, and the snippet that uses the policy."""
+    commands = [line for line in PYTHON_COMMANDS if "my_log.hdf5" in line or "full.hdf5" in line]
+    assert len(commands) == 3
+    for command in commands:
+        module, args = parse(command, SHORT)
+        module.main(args)
+    Path("snippet.py").write_text(SNIPPETS[1])
     assert runpy.run_path("snippet.py")["action"].shape == (6,)
+
+
+def test_the_snippet_writes_a_log_that_can_be_read(capsys):
+    Path("snippet.py").write_text(SNIPPETS[0])
+    runpy.run_path("snippet.py")
+    dataset = importlib.import_module("td3bc_imputed").load_dataset(None, Path("example.hdf5"))
+    assert "10 episodes" in capsys.readouterr().out
+    assert 80 <= (~np.isnan(dataset.rewards)).sum() <= 100  # of rows that are transitions
 
 
 def test_quoted_lines_stand_in_the_scripts():
@@ -79,16 +84,18 @@ def test_quoted_lines_stand_in_the_scripts():
 
 def test_links_lead_somewhere():
     for target in re.findall(r"\]\(([^)]+)\)", README):
-        if not target.startswith("http"):
+        if target.startswith("#"):
+            assert f"\n## {target[1:].capitalize()}\n" in README
+        elif not target.startswith("http"):
             assert (ROOT / target).exists(), target
 
 
 def test_every_option_named_exists():
     known = {"--help", "--array", "--cpus-per-task"}  # sbatch's
     known |= {"--extra-index-url", "--with-requirements"}  # pip's and uv's
-    for name in (*SCRIPTS, "benchmark_speed"):
-        arguments = importlib.import_module(name).Args()
-        known |= {"--" + option.replace("_", "-") for option in vars(arguments)}
+    for name in (*SCRIPTS, "benchmark_speed", "new_tasks"):
+        options = importlib.import_module(name).Args.__dataclass_fields__
+        known |= {"--" + option.replace("_", "-") for option in options}
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", README)) <= known
 
 
