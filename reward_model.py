@@ -60,14 +60,14 @@ from tqdm import tqdm
 @dataclass(frozen=True)
 class Args:
     # --- Data
-    env_id: str | None = None  # a D4RL name or a Minari id (none: the bundled dataset)
-    dataset_path: Path | None = None  # a D4RL-schema HDF5 file; env_id then names its simulator
+    env_id: str | None = None  # D4RL or Minari dataset (none: bundled); or dataset_path's simulator
+    dataset_path: Path | None = None  # your own HDF5 file: README.md has a table of its columns
 
     # --- Rewards
     label_fraction: float | None = None  # share of known rewards used (0.01; of your own data, 1)
     reward_model: Literal["mlp", "gp"] = "mlp"  # mlp: the paper's; gp: Gaussian process, few labels
     reward_hidden_dim: int = 256  # width of the reward model's two hidden layers
-    reward_epochs: int = 300  # draws of each label in the reward model's fit, about
+    reward_epochs: int = 300  # passes over the labels in the reward model's fit
     reward_learning_rate: float = 1e-4  # Adam's, for the reward model
     reward_batch_size: int = 64  # labels in a batch
     sweep: bool = False  # judge the models on 10, 30, 100, ... of the labels, too
@@ -299,10 +299,9 @@ class GaussianProcess(nn.Module):
     def fit(self, observations, actions, rewards):
         """Find the most plausible parameters given the labels, then the weights."""
         x, y = self.inputs(observations, actions), rewards.double()
-        # At most 2,000 labels, from all over the log: time grows with the cube.
+        # Time grows with their cube: 2,000 labels at most, and of these 500 for the parameters.
         rows = spread(2000, x.shape[1])
         x, y = x[:, rows], y[:, rows]
-        # Of these, 500 are enough to find the parameters.
         rows = spread(500, x.shape[1])
         x_few, y_few = x[:, rows], y[:, rows]
         prior_means = [parameter.detach().clone() for parameter in self.parameters()]
@@ -530,7 +529,7 @@ def draw_models(axes, table, judged):
             axes.errorbar(counts, means, stds, color=color, fmt="none", capsize=3)
     lowest = np.nan_to_num([row["r2"] for row in table]).min()
     axes.set_ylim(max(lowest, -1) - 0.05, 1.05)  # result.json has what is below -1
-    axes.set(xlabel="labels", ylabel=f"$R^2$ on {judged} rewards", title="models compared")
+    axes.set(xlabel="labels fitted to", ylabel=f"$R^2$ on {judged} rewards", title="models")
     axes.legend(loc="best")
 
 
@@ -623,7 +622,7 @@ def read_hdf5(path, follow_d4rl) -> dict:
     dropped = arrays["rewards"][~is_kept]
     if len(dropped) > 0 and not follow_d4rl:
         lost = np.count_nonzero(~np.isnan(dropped))
-        print(f"dropped       {len(dropped):,} rows without a next observation, {lost:,} labels")
+        print(f"dropped       {len(dropped):,} rows without a next observation, {lost:,} rewards")
     columns = {name: arrays[name][is_kept] for name in Dataset._fields[:5]}
     episode_ids = np.cumsum(ends) - ends  # the number of ends before each row
     _, columns["episode_ids"] = np.unique(episode_ids[is_kept], return_inverse=True)  # from 0 on
@@ -659,7 +658,7 @@ def read_columns(path) -> dict:
 
 def to_float32(name, array) -> np.ndarray:
     """For the networks. Says where that loses information, or a sensor's glitch will."""
-    require(array.ndim == 2, f"has {name} of shape {array.shape}, not vectors")
+    require(array.ndim == 2, f"has {name} of shape {array.shape}, not (rows, dim)")
     for j, column in enumerate(array.T if len(array) > 0 else []):
         low, middle, high = np.percentile(column, [1, 50, 99])
         width = high - low  # of the middle 98%; 0 says nothing
@@ -684,8 +683,8 @@ def find_transitions(arrays, follow_d4rl) -> tuple:
     next_observations = np.where(is_foreign, observations, next_observations)
     timeouts = arrays.get("timeouts", has_own_next) == 1
     ends = terminals | timeouts
-    has_ends = "timeouts" in arrays or ends[-1:].all()
-    require(has_ends, "has no column timeouts: 1 where an episode was cut off, else 0")
+    has_ends = timeouts.any() or ends[-1:].all()
+    require(has_ends, "has no timeouts, not even its last row: 1 where an episode was cut off")
     # After a cut comes another episode, whatever an environment that resets itself logged as next.
     is_last = np.arange(len(timeouts)) == len(timeouts) - 1
     is_kept = has_own_next | ~(timeouts | is_last)
@@ -760,9 +759,9 @@ def write_hdf5(args: Args, reward_model, label_rows, text: str):
         os.replace(temporary, args.output_path)  # never half a file
     finally:
         temporary.unlink(missing_ok=True)
-    print(f"written       {args.output_path}: {len(rows):,} rewards imputed")
+    print(f"written       {args.output_path}: {len(rows):,} of {len(given):,} rewards imputed")
     replaced = np.count_nonzero(is_known[rows])
-    if replaced > 0:
+    if replaced:
         print(f"              {replaced:,} of them were known, but not among the labels")
 
 
@@ -926,11 +925,11 @@ def main(args: Args):
         fraction = 0.01 if args.dataset_path is None and dataset.name in SHA256 else 1.0
     label_rows = choose_labels(dataset.rewards, fraction, seeds)
     is_known = ~np.isnan(dataset.rewards)
-    num_known = np.count_nonzero(is_known)
+    num_known = is_known.sum()
     num_labels = label_rows.shape[1]
     num_episodes = len(np.unique(dataset.episode_ids[label_rows]))
     print(f"labels        {num_labels:,} of {num_known:,} known, in {num_episodes:,} episode(s)")
-    require(num_labels < len(is_known), "nothing to impute: hide some by --label-fraction 0.01")
+    require(num_labels < len(is_known), "nothing to impute: no NaN, nor a small --label-fraction")
     judged = "hidden"
     is_hidden = np.tile(is_known, (len(seeds), 1))
     np.put_along_axis(is_hidden, label_rows, False, axis=1)
@@ -966,11 +965,13 @@ def main(args: Args):
         reward_model, _ = fit_and_predict(kind, dataset, label_rows, seeds, args, device)
     rewards = predict_rewards(reward_model, dataset.observations, dataset.actions)[0]
     rewards[label_rows[0]] = dataset.rewards[label_rows[0]]
+    returns = np.bincount(dataset.episode_ids, rewards)
+    print(f"log, imputed  return {returns.mean():.1f}, of its best episode {returns.max():.1f}")
     state = reward_model.state_dict()
     arrays = {name: tensor.cpu().numpy() for name, tensor in state.items()}
     np.savez(run_dir / "reward_model.npz", **arrays)
     if args.output_path:
-        write_hdf5(args, reward_model, label_rows, f"{kind}: {quality[kind]}")
+        write_hdf5(args, reward_model, label_rows, f"{kind}: {json.dumps(quality[kind])}")
     if args.output_minari_id:
         write_minari(args.output_minari_id, dataset, label_rows[0], rewards, metadata)
 
@@ -983,14 +984,13 @@ def main(args: Args):
     draw_returns(panels[1, 0], dataset, rewards)
     draw_models(panels[1, 1], table, judged)
     figure.savefig(run_dir / "report.png", dpi=150)
-    config = json.dumps(vars(args), default=str, indent=2)
-    (run_dir / "config.json").write_text(config)
+    (run_dir / "config.json").write_text(json.dumps(vars(args), default=str, indent=2))
     result = {"num_labels": num_labels, "judged_on": judged, "quality": quality}
     result |= {"inside_2_std": calibration, "table": table}
     result["versions"] = {m.__name__: m.__version__ for m in (torch, np, gym, minari)}
     result = json.loads(json.dumps(result), parse_constant=lambda name: None)  # NaN: null
     (run_dir / "result.json").write_text(json.dumps(result, indent=2))
-    print(f"report        {run_dir}")
+    print(f"report        {run_dir}/report.png")
     print_verdict(quality, args, num_episodes)
 
 

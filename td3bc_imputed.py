@@ -17,8 +17,7 @@
 5. Report the last evaluation.
 
 The equations are those of "Offline Reinforcement Learning with Imputed Rewards" (Romeo & Bagdanov,
-2024). The method is in the sections Networks, Reward model and TD3+BC, and in main(), at the end;
-what stands between is skipped at a first reading. iql_imputed.py is the twin of this file.
+2024). At a first reading take the sections Networks, Reward model, TD3+BC and The experiment.
 
     python td3bc_imputed.py --num-updates 20_000                               # bundled dataset
     python td3bc_imputed.py --env-id walker2d-medium-replay-v2 --num-seeds 5   # D4RL
@@ -59,8 +58,8 @@ from tqdm import tqdm
 @dataclass(frozen=True)
 class Args:
     # --- Data
-    env_id: str | None = None  # a D4RL name or a Minari id (none: the bundled dataset)
-    dataset_path: Path | None = None  # a D4RL-schema HDF5 file; env_id then names its simulator
+    env_id: str | None = None  # D4RL or Minari dataset (none: bundled); or dataset_path's simulator
+    dataset_path: Path | None = None  # your own HDF5 file: README.md has a table of its columns
     # --- Rewards
     label_fraction: float | None = None  # share of known rewards used (0.01; of your own data, 1)
     # imputed: rewards without a label are predicted; labeled: the agent sees only what has a label;
@@ -68,7 +67,7 @@ class Args:
     rewards: Literal["imputed", "labeled", "oracle", "zero", "mean"] = "imputed"
     scale_rewards: bool = False  # multiply by 1000 / (range of episode returns), as IQL does
     reward_hidden_dim: int = 256  # width of the reward model's two hidden layers
-    reward_epochs: int = 300  # draws of each label in the reward model's fit, about
+    reward_epochs: int = 300  # passes over the labels in the reward model's fit
     reward_learning_rate: float = 1e-4  # Adam's, for the reward model
     reward_batch_size: int = 64  # labels in a batch
     # --- TD3+BC
@@ -371,8 +370,6 @@ class Agent:
         q_parameters = [*self.q1.parameters(), *self.q2.parameters()]
         self.q_optimizer = torch.optim.Adam(q_parameters, rate, **settings)
         self.actor_optimizer = torch.optim.Adam(self.actor.parameters(), rate, **settings)
-        for name, part in vars(self).items():
-            assert hasattr(part, "state_dict"), f"a checkpoint cannot hold Agent.{name}"
 
 
 # A loss and its backward() are one function, so that compile_losses() can compile both together.
@@ -522,7 +519,7 @@ def read_hdf5(path, follow_d4rl) -> dict:
     dropped = arrays["rewards"][~is_kept]
     if len(dropped) > 0 and not follow_d4rl:
         lost = np.count_nonzero(~np.isnan(dropped))
-        print(f"dropped       {len(dropped):,} rows without a next observation, {lost:,} labels")
+        print(f"dropped       {len(dropped):,} rows without a next observation, {lost:,} rewards")
     columns = {name: arrays[name][is_kept] for name in Dataset._fields[:5]}
     episode_ids = np.cumsum(ends) - ends  # the number of ends before each row
     _, columns["episode_ids"] = np.unique(episode_ids[is_kept], return_inverse=True)  # from 0 on
@@ -558,7 +555,7 @@ def read_columns(path) -> dict:
 
 def to_float32(name, array) -> np.ndarray:
     """For the networks. Says where that loses information, or a sensor's glitch will."""
-    require(array.ndim == 2, f"has {name} of shape {array.shape}, not vectors")
+    require(array.ndim == 2, f"has {name} of shape {array.shape}, not (rows, dim)")
     for j, column in enumerate(array.T if len(array) > 0 else []):
         low, middle, high = np.percentile(column, [1, 50, 99])
         width = high - low  # of the middle 98%; 0 says nothing
@@ -583,8 +580,8 @@ def find_transitions(arrays, follow_d4rl) -> tuple:
     next_observations = np.where(is_foreign, observations, next_observations)
     timeouts = arrays.get("timeouts", has_own_next) == 1
     ends = terminals | timeouts
-    has_ends = "timeouts" in arrays or ends[-1:].all()
-    require(has_ends, "has no column timeouts: 1 where an episode was cut off, else 0")
+    has_ends = timeouts.any() or ends[-1:].all()
+    require(has_ends, "has no timeouts, not even its last row: 1 where an episode was cut off")
     # After a cut comes another episode, whatever an environment that resets itself logged as next.
     is_last = np.arange(len(timeouts)) == len(timeouts) - 1
     is_kept = has_own_next | ~(timeouts | is_last)
@@ -890,7 +887,8 @@ def main(args: Args):
     # 2. What stands for the other rewards: the reward model's predictions (Eq. 4, Eq. 5).
     generator = torch.Generator(device).manual_seed(args.seed)  # of all that training draws
     reward_model, predicted, r2 = None, dataset.rewards, []
-    if args.rewards == "imputed" and labels.shape[1] == len(dataset.rewards):
+    if labels.shape[1] == len(dataset.rewards):
+        require(args.rewards in ("imputed", "oracle"), "no reward is hidden: see --label-fraction")
         print("reward model  none: every reward is known (to hide some: --label-fraction 0.01)")
     elif args.rewards == "imputed":
         dim, generators = args.reward_hidden_dim, make_generators(seeds, stream=1)
@@ -902,6 +900,8 @@ def main(args: Args):
             settings = args.reward_epochs, args.reward_learning_rate, args.reward_batch_size
             fit_reward_model(reward_model, examples, *settings, generator)
         predicted = predict_rewards(reward_model, observations, actions)
+        returns = np.bincount(dataset.episode_ids, predicted.mean(axis=0))
+        print(f"log, imputed  return {returns.mean():.1f}, of its best episode {returns.max():.1f}")
         r2 = imputation_r2(predicted, dataset.rewards, label_rows)
     rewards = complete_rewards(args.rewards, dataset.rewards, label_rows, predicted)
     if args.scale_rewards:

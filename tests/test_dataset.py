@@ -156,7 +156,8 @@ def test_a_download_is_used_only_if_every_bit_is_right(bad, tmp_path, monkeypatc
 def test_without_timeouts_terminals_or_own_next_observations_tell_where_episodes_end():
     rows = make_rows(timeouts=None)
     following = np.roll(rows["observations"], -1, axis=0)
-    for columns in ({}, {"next_observations": following}):
+    zeros = {"timeouts": np.zeros(60)}  # its last row was cut off, too
+    for columns in ({}, {"next_observations": following}, zeros):
         with pytest.raises(script.UserError, match="has no .*timeouts"):
             load(rows | columns)
     following[[7, 20, 45, 59], 5] = 0  # a single feature tells
@@ -186,7 +187,7 @@ def test_observations_after_a_reset_are_no_next_observations(capsys):
     following = np.append(observations[1:], observations[:1], axis=0)
     rewards = np.where(np.isin(np.arange(3000), [5, 6, 999, 2999]), 1.0, NAN)
     dataset = load(bundled_rows(next_observations=following, rewards=rewards))
-    said = "dropped       3 rows without a next observation, 2 labels\n"
+    said = "dropped       3 rows without a next observation, 2 rewards\n"
     assert said in capsys.readouterr().out
     assert np.bincount(dataset.episode_ids).tolist() == [999, 999, 999]
     inside = np.delete(np.arange(3000), [999, 1999, 2999])
@@ -322,7 +323,7 @@ def test_few_labels_are_said_and_none_is_refused(capsys):
     assert "2 labels are too few to learn from" in capsys.readouterr().out
     rows = bundled_rows()
     only_on_dropped_rows = load(rows | {"rewards": np.where(rows["timeouts"] == 1, 1.0, NAN)})
-    assert "3 rows without a next observation, 3 labels" in capsys.readouterr().out
+    assert "3 rows without a next observation, 3 rewards" in capsys.readouterr().out
     with pytest.raises(script.UserError, match="every reward is NaN"):
         script.choose_labels(only_on_dropped_rows.rewards, 1.0, range(2))
 
@@ -376,8 +377,8 @@ BAD_COLUMNS = {
     "other length": ({"rewards": np.zeros(59)}, "different lengths.*'rewards': 59"),
     "two rewards": ({"rewards": np.zeros((60, 2))}, "different lengths"),
     "wide next": ({"next_observations": np.zeros((60, 12))}, "next_observations"),
-    "flat observations": ({"observations": np.zeros(60)}, "observations .*not vectors"),
-    "flat actions": ({"actions": np.zeros(60)}, "actions .*not vectors"),
+    "flat observations": ({"observations": np.zeros(60)}, "observations .*not .rows, dim."),
+    "flat actions": ({"actions": np.zeros(60)}, "actions .*not .rows, dim."),
     "a group": ({"actions": lambda file, name: file.create_group(name)}, "own.hdf5: "),
     "an empty column": ({"rewards": h5py.Empty("f4")}, "own.hdf5: "),
     "a dead link": ({"rewards": h5py.SoftLink("/nowhere")}, "own.hdf5: "),

@@ -298,7 +298,8 @@ def test_a_process_that_ends_leaves_no_worker_and_goes_on_to_the_bit(script, wor
     if number == signal.SIGKILL:
         assert process.returncode == -number
         assert "Traceback" not in error
-        heads = ["dataset", "log", "rewards", "simulator", "run", "reward model", "speed", "update"]
+        heads = ["dataset", "log", "rewards", "simulator", "run", "log, imputed", "reward model"]
+        heads += ["speed", "update"]
         assert [line[:13].strip() for line in output.splitlines()] == heads, "line by line"
     else:
         assert_stopped(process.returncode, output, error)
@@ -459,6 +460,9 @@ MISTAKES = [  # options, what the error says, columns of own.hdf5
     ("--rewards oracle", "NaN", {"rewards": np.where(STEPS == 1, np.nan, STEPS)}),
     ("--rewards oracle --scale-rewards", "different returns", {"rewards": STEPS}),
     ("--rewards zero --scale-rewards", "different returns", {"terminals": np.arange(300) == 299}),
+    ("--rewards labeled --label-fraction 1", "no reward is hidden", {}),
+    ("--rewards zero --label-fraction 1", "no reward is hidden", {}),
+    ("--rewards mean --label-fraction 1", "no reward is hidden", {}),
 ]
 if not torch.cuda.is_available():
     MISTAKES.append(("--device cuda", "--device cuda does not work", {}))
@@ -516,13 +520,15 @@ def assert_complete(script, options, monkeypatch):
 def test_of_own_data_every_label_is_used(script, write_own, monkeypatch, capsys):
     write_own(rewards=np.where(STEPS == 0, REWARDS, np.nan))
     train(script, DEFAULT)
-    assert "100 labels" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "100 labels" in printed
+    assert "log, imputed  return " in printed
     write_own()
     assert_complete(script, "", monkeypatch)
     assert "every reward is known" in capsys.readouterr().out
 
 
-def test_a_file_of_the_reward_model_trains_with_no_further_option(write_own, monkeypatch):
+def test_a_file_of_the_reward_model_trains_with_no_further_option(write_own, monkeypatch, capsys):
     write_own(rewards=np.where(STEPS == 0, REWARDS, np.nan))
     options = f"{OWN} --reward-epochs 3 --device cpu --output-path full.hdf5"
     reward_model.main(reward_model.tyro.cli(reward_model.Args, args=shlex.split(options)))
@@ -530,6 +536,11 @@ def test_a_file_of_the_reward_model_trains_with_no_further_option(write_own, mon
         assert (file["rewards"][STEPS == 0] == REWARDS[STEPS == 0]).all()
     for script in (td3bc_imputed, iql_imputed):
         assert_complete(script, "--env-id None --dataset-path full.hdf5", monkeypatch)
+    # Of the log, whose rewards were NaN, and of the file: the same imputed rewards.
+    line = r"log(?:, imputed)? +return (\S+), of its best episode (\S+)"
+    found = np.float64(re.findall(line, capsys.readouterr().out))
+    assert len(found) == 5
+    np.testing.assert_allclose(found, found[[0] * 5], atol=0.11)
 
 
 @pytest.mark.filterwarnings("ignore:env_spec is None")

@@ -208,13 +208,6 @@ def test_a_network_refuses_inputs_of_other_widths(script, obs_dim):
 
 
 @BOTH
-def test_an_attribute_of_an_agent_that_no_checkpoint_would_hold_is_an_error(script, monkeypatch):
-    monkeypatch.setattr(torch.optim, "Adam", lambda *inputs, **settings: "no state_dict()")
-    with pytest.raises(AssertionError, match=r"a checkpoint cannot hold Agent\.q_optimizer"):
-        make_agent(random_transitions(script), script)
-
-
-@BOTH
 def test_arguments_cannot_be_changed_later(script):
     """A recorded or compiled update would not notice."""
     args = script.Args()
