@@ -743,7 +743,11 @@ def draw_new_tasks(runs, datasets, path):
         axes.set_axis_off()
     draw_gp_rewards(panels[len(tasks)], runs, tasks)
     handles = [plt.Rectangle((0, 0), 1, 1, color="gray", alpha=alpha) for alpha in (1, 0.5)]
-    figure.legend(handles, ["TD3+BC", "IQL"], loc="outside lower center", ncols=2, frameon=False)
+    names = ["TD3+BC", "IQL"]
+    if len(panels) > len(tasks) + 1:
+        panels[-1].legend(handles, names, loc="center", frameon=False)
+    else:
+        figure.legend(handles, names, loc="outside lower center", ncols=2, frameon=False)
     save(figure, path)
 
 
@@ -751,7 +755,7 @@ def name_task(dataset):
     """hopper-medium-v2 -> hopper-medium; halfcheetah-medium-replay-speed3 -> HalfCheetah, 3 m/s."""
     log, _, speed = dataset.removesuffix("-v2").partition("-speed")
     if not speed:
-        return log
+        return log.replace("pendulum", "Pendulum")
     log = log.replace("-medium-replay", "").replace("halfcheetah", "HalfCheetah")
     return f"{log}, {speed} m/s"
 

@@ -267,8 +267,7 @@ class GaussianProcess(nn.Module):
         in_dim = len(mean)
         self.register_buffer("mean", mean)  # (in_dim,), as in MLP
         self.register_buffer("std", std)
-        # Stored as logarithms, these numbers stay positive. They start at a guess for inputs and
-        # labels of variance 1, with which the sums over the inputs are of order 1.
+        # As logarithms they stay positive; a first guess, for inputs and labels of variance 1.
         one = torch.ones(num_seeds, 1, 1).to(mean).double()
         each_input = one.repeat(1, 1, in_dim)
         self.log_noise = nn.Parameter(-1 * one)
@@ -512,6 +511,7 @@ def draw_returns(axes, dataset, imputed):
     if len(known) > 0:
         axes.hist(known, bins, histtype="step", color="black", label="true")
     axes.set(xlabel="return", ylabel="episodes", title="returns")
+    axes.locator_params(axis="x", nbins=6)
     axes.yaxis.set_major_locator(MaxNLocator(integer=True))
     axes.legend(loc="best")
 
@@ -851,12 +851,12 @@ def print_verdict(quality, args, num_episodes):
 def next_command(args, best):
     """To copy: train on what was written, or write it by the better model."""
     if args.output_minari_id:
-        return f"python td3bc_imputed.py --env-id {args.output_minari_id}"
+        return f"python td3bc_imputed.py --env-id {args.output_minari_id} --num-updates 20_000"
     if args.output_path:
         env_id = args.env_id or (None if args.dataset_path else BUNDLED)
         simulator = ["--env-id", env_id] if env_id else []
-        words = ["td3bc_imputed.py", "--dataset-path", args.output_path, *simulator]
-        return shlex.join(["python", *map(str, words)])
+        words = ["python", "td3bc_imputed.py", "--dataset-path", args.output_path, *simulator]
+        return shlex.join(map(str, words)) + " --num-updates 20_000"
     changed = {"reward_model": best, "sweep": False, "run_dir": None}
     if is_minari(args):
         changed["output_minari_id"] = "my/full-v0"

@@ -871,7 +871,7 @@ def main(args: Args):
     label_rows = choose_labels(dataset.rewards, fraction, seeds)
     labels = dataset.rewards[label_rows]  # (seeds, labels)
     print(f"rewards       {args.rewards}, {labels.shape[1]:,} labels, {len(seeds)} seed(s)")
-    print(f"simulator     {env_spec.id if env_spec else 'none: nothing is evaluated'}")
+    print(f"simulator     {env_spec.id + ', its own rewards' if env_spec else 'none: no scores'}")
     name = f"{dataset.name}__td3bc_imputed__{args.rewards}__{args.seed}"
     name = f"{name}__{datetime.now():%Y%m%d-%H%M%S-%f}".replace("/", "-").replace(":", "-")
     run_dir = args.run_dir or Path("runs") / name
@@ -889,7 +889,7 @@ def main(args: Args):
     reward_model, predicted, r2 = None, dataset.rewards, []
     if labels.shape[1] == len(dataset.rewards):
         require(args.rewards in ("imputed", "oracle"), "no reward is hidden: see --label-fraction")
-        print("reward model  none: every reward is known (to hide some: --label-fraction 0.01)")
+        print("reward model  none: the log has every reward (to hide some: --label-fraction 0.01)")
     elif args.rewards == "imputed":
         dim, generators = args.reward_hidden_dim, make_generators(seeds, stream=1)
         reward_model = RewardModel(observations, actions, labels, dim, generators).to(device)

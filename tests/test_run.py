@@ -525,7 +525,7 @@ def test_of_own_data_every_label_is_used(script, write_own, monkeypatch, capsys)
     assert "log, imputed  return " in printed
     write_own()
     assert_complete(script, "", monkeypatch)
-    assert "every reward is known" in capsys.readouterr().out
+    assert "the log has every reward" in capsys.readouterr().out
 
 
 def test_a_file_of_the_reward_model_trains_with_no_further_option(write_own, monkeypatch, capsys):
