@@ -66,7 +66,7 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(((cores + jobs - 1) / jobs))}
 seeds=${SEEDS:-5} updates=${UPDATES:-1000000} more=""
 read -ra fractions <<<"${FRACTIONS:-0.00003 0.0001 0.0003 0.001 0.01}"
 datasets=({halfcheetah,hopper,walker2d}-medium{,-replay,-expert}-v2)
-new_tasks=(halfcheetah-medium-replay-speed{2,3,4})
+new_tasks=(halfcheetah-medium-replay-speed{3,4} hopper-medium-replay-speed0)
 two_datasets=(walker2d-medium-replay-v2 halfcheetah-medium-expert-v2)
 settings=({td3bc,iql}" "{"oracle 1","labeled 0.01","imputed 0.01"} "bc oracle 1")
 case $target in
@@ -756,7 +756,7 @@ def name_task(dataset):
     log, _, speed = dataset.removesuffix("-v2").partition("-speed")
     if not speed:
         return log.replace("pendulum", "Pendulum")
-    log = log.replace("-medium-replay", "").replace("halfcheetah", "HalfCheetah")
+    log = log.replace("-medium-replay", "").capitalize().replace("cheetah", "Cheetah")
     return f"{log}, {speed} m/s"
 
 

@@ -508,7 +508,7 @@ def draw_returns(axes, dataset, imputed):
     known = true_returns[~np.isnan(true_returns)]
     bins = np.histogram_bin_edges(np.append(returns, known), 30)
     axes.hist(returns, bins, color="#E69F00", label="imputed")
-    if len(known) > 0:
+    if len(known):
         axes.hist(known, bins, histtype="step", color="black", label="true")
     axes.set(xlabel="return", ylabel="episodes", title="returns")
     axes.locator_params(axis="x", nbins=6)
@@ -682,7 +682,7 @@ def find_transitions(arrays, follow_d4rl) -> tuple:
     is_foreign = (terminals & ~has_own_next)[:, None]
     next_observations = np.where(is_foreign, observations, next_observations)
     timeouts = arrays.get("timeouts", has_own_next) == 1
-    ends = terminals | timeouts
+    ends = terminals | timeouts | has_own_next
     has_ends = timeouts.any() or ends[-1:].all()
     require(has_ends, "has no timeouts, not even its last row: 1 where an episode was cut off")
     # After a cut comes another episode, whatever an environment that resets itself logged as next.

@@ -579,7 +579,7 @@ def find_transitions(arrays, follow_d4rl) -> tuple:
     is_foreign = (terminals & ~has_own_next)[:, None]
     next_observations = np.where(is_foreign, observations, next_observations)
     timeouts = arrays.get("timeouts", has_own_next) == 1
-    ends = terminals | timeouts
+    ends = terminals | timeouts | has_own_next
     has_ends = timeouts.any() or ends[-1:].all()
     require(has_ends, "has no timeouts, not even its last row: 1 where an episode was cut off")
     # After a cut comes another episode, whatever an environment that resets itself logged as next.

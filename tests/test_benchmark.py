@@ -718,15 +718,16 @@ def test_a_new_task_has_as_many_labels_as_it_says():
 
 
 def test_old_logs_that_are_there_add_their_tasks(tmp_path):
-    data = make_data(tmp_path, "halfcheetah-medium-replay", "hopper-own")
+    data = make_data(tmp_path, "halfcheetah-medium-replay", "hopper-medium-replay", "hopper-own")
     run_dirs = [find_run_dir(line) for line in list_commands("newtask", DATASETS=data)]
     names = [str(path.relative_to("runs/benchmark")) for path in run_dirs]
     tasks = dict.fromkeys(name.split("__")[0] for name in names)
-    mini, pendulum = "halfcheetah-medium-replay-mini-speed2", "pendulum"
     assert list(tasks) == [
-        mini,
-        pendulum,
-        *(f"halfcheetah-medium-replay-speed{s}" for s in (2, 3, 4)),
+        "halfcheetah-medium-replay-mini-speed2",
+        "pendulum",
+        "halfcheetah-medium-replay-speed3",
+        "halfcheetah-medium-replay-speed4",
+        "hopper-medium-replay-speed0",
     ]
 
 

@@ -161,8 +161,9 @@ def test_without_timeouts_terminals_or_own_next_observations_tell_where_episodes
         with pytest.raises(script.UserError, match="has no .*timeouts"):
             load(rows | columns)
     following[[7, 20, 45, 59], 5] = 0  # a single feature tells
-    dataset = load(rows | {"next_observations": following})
-    assert np.bincount(dataset.episode_ids).tolist() == [5, 3, 4, 9, 10, 1, 14, 14]
+    for columns in ({}, zeros):
+        dataset = load(rows | columns | {"next_observations": following})
+        assert np.bincount(dataset.episode_ids).tolist() == [5, 3, 4, 9, 10, 1, 14, 14]
     rows["terminals"][59] = True
     assert np.bincount(load(rows).episode_ids).tolist() == [5, 7, 19, 1, 28]
 
@@ -294,7 +295,7 @@ def test_a_completed_file_is_trained_on_as_it_is(dropped, monkeypatch, capsys):
     write_rows(rows)
     monkeypatch.setattr(script, "fit_reward_model", None)
     assert run()["reward_model"]["r2"] == []
-    assert "every reward is known" in capsys.readouterr().out
+    assert "the log has every reward" in capsys.readouterr().out
 
 
 def test_folders_and_seeds_that_cannot_be_are_refused_before_the_fit(monkeypatch):
