@@ -585,6 +585,7 @@ def load_dataset(env_id=None, dataset_path=None) -> Dataset:
         warn(f"{zeros / known:.1%} of the known rewards are exactly 0: if 0 is no label, write NaN")
     returns = np.bincount(columns["episode_ids"], rewards)
     print(f"dataset       {name}: {len(rewards):,} transitions, {len(returns):,} episodes")
+    print(f"terminals     {columns['terminals'].sum():,.0f}; at other ends, episodes were cut off")
     if known == len(rewards):  # something to hold an agent against
         print(f"log           return {returns.mean():.1f}, of its best episode {returns.max():.1f}")
     return Dataset(**columns, name=name, **task)
@@ -709,9 +710,8 @@ def load_minari(env_id) -> tuple:
             "next_observations": [episode.observations[1:] for episode in episodes],
         }
         columns = {name: to_float32(name, np.concatenate(x)) for name, x in columns.items()}
-        for name, parts in {"rewards": "rewards", "terminals": "terminations"}.items():
-            column = np.concatenate([np.ravel(getattr(e, parts)) for e in episodes])
-            columns[name] = column.astype(np.float64)
+        columns["rewards"] = np.concatenate([np.ravel(e.rewards) for e in episodes], dtype=float)
+        columns["terminals"] = np.concatenate([e.terminations for e in episodes], dtype=float)
     except Exception as error:  # no network, damaged files: Minari has no common error for them
         others = f"{', '.join(SHA256)}; a Gymnasium id needs --dataset-path"
         raise UserError(f"no dataset {env_id}: {error} (beside Minari's: {others})") from error

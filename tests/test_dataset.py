@@ -270,6 +270,13 @@ def test_zeros_that_may_mean_unlabeled_are_said_and_so_is_a_model_worse_than_a_c
     assert "warning" not in capsys.readouterr().out
 
 
+def test_the_number_of_terminals_is_said_since_a_time_limit_is_none(capsys):
+    load(bundled_rows(terminals=np.arange(3000) % 500 == 499, timeouts=None))
+    assert "3,000 transitions, 6 episodes\nterminals     6;" in capsys.readouterr().out
+    load(bundled_rows())
+    assert "2,997 transitions, 3 episodes\nterminals     0;" in capsys.readouterr().out
+
+
 def test_ends_of_another_name_are_named_if_timeouts_are_missing():
     for name in ("truncations", "truncated", "dones", "done", "episode_terminals"):
         rows = bundled_rows()

@@ -298,8 +298,8 @@ def test_a_process_that_ends_leaves_no_worker_and_goes_on_to_the_bit(script, wor
     if number == signal.SIGKILL:
         assert process.returncode == -number
         assert "Traceback" not in error
-        heads = ["dataset", "log", "rewards", "simulator", "run", "log, imputed", "reward model"]
-        heads += ["speed", "update"]
+        heads = ["dataset", "terminals", "log", "rewards", "simulator", "run", "log, imputed"]
+        heads += ["reward model", "speed", "update"]
         assert [line[:13].strip() for line in output.splitlines()] == heads, "line by line"
     else:
         assert_stopped(process.returncode, output, error)
