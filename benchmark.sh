@@ -772,7 +772,8 @@ def draw_new_task(axes, runs, dataset):
     bc = [runs.get((dataset, "bc oracle 1"))]
     draw_from(axes, base, bc, len(bars), {"color": COLORS["bc"]})
     axes.axvline(base, color="gray", linewidth=1)
-    axes.text(base, -0.55, " the log's mean", fontsize="small", color="gray")
+    side = "right" if base > np.mean(axes.get_xlim()) else "left"
+    axes.text(base, -0.55, " the log's mean ", fontsize="small", color="gray", ha=side)
     axes.set_yticks(range(len(bars) + 1), [*bars, "BC"])
     axes.set(xlabel="return", ylim=(len(bars) + 0.5, -0.9))
     axes.set_title(name_task(dataset), fontsize="medium")
