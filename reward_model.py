@@ -64,7 +64,7 @@ class Args:
     dataset_path: Path | None = None  # your own HDF5 file: README.md has a table of its columns
 
     # --- Rewards
-    label_fraction: float | None = None  # share of known rewards used (0.01; of your own data, 1)
+    label_fraction: float | None = None  # share of known rewards used (D4RL, bundled: 0.01; else 1)
     reward_model: Literal["mlp", "gp"] = "mlp"  # mlp: the paper's; gp: Gaussian process, few labels
     reward_hidden_dim: int = 256  # width of the reward model's two hidden layers
     reward_epochs: int = 300  # passes over the labels in the reward model's fit

@@ -9,7 +9,7 @@
 # ///
 """TD3+BC on a dataset in which only a few transitions have a reward.
 
-1. Load transitions, and choose the labels: 1% of a benchmark's rewards, all those of your own log.
+1. Load transitions, and choose the labels: 1% of a D4RL dataset, else all that is known.
 2. Fit a reward model f to these labels, minimizing the mean of (f(s, a) - r)^2 (Eq. 4). Every
    other reward becomes f(s, a), every label stays as it is (Eq. 5).
 3. Make a TD3+BC agent for every seed, and hand it the completed dataset.
@@ -61,7 +61,7 @@ class Args:
     env_id: str | None = None  # D4RL or Minari dataset (none: bundled); or dataset_path's simulator
     dataset_path: Path | None = None  # your own HDF5 file: README.md has a table of its columns
     # --- Rewards
-    label_fraction: float | None = None  # share of known rewards used (0.01; of your own data, 1)
+    label_fraction: float | None = None  # share of known rewards used (D4RL, bundled: 0.01; else 1)
     # imputed: rewards without a label are predicted; labeled: the agent sees only what has a label;
     # oracle: it sees every reward; zero, mean (controls): the others are 0, or the labels' mean.
     rewards: Literal["imputed", "labeled", "oracle", "zero", "mean"] = "imputed"
